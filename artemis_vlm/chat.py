@@ -1,0 +1,368 @@
+"""Messages to token ids: the one prompt path of training, serving and captioning.
+
+Serves any decoder, through the decoder's own chat template. The template is trusted, what people write is not: the
+template is rendered with unguessable sentinels in place of every written string, the result is cut at the sentinels,
+template pieces are encoded with special tokens and written pieces without. So "<|image_pad|>" typed by a user stays
+text, and no written text is ever rendered and then tokenized.
+
+Knows nothing of pixels: an image is a number of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from artemis_vlm.errors import RunError, SampleError
+
+IMAGE_TOKEN: Final = "<|image_pad|>"
+IMAGE_TYPES: Final = frozenset({"image", "image_url"})
+Message = Mapping[str, Any]
+
+#: Keys whose value steers the template instead of being shown by it.
+_STRUCTURAL: Final = frozenset({"role", "type", "id", "tool_call_id"})
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_THOUGHT: Final = re.compile(r"^\s*<think>(.*?)</think>", re.DOTALL)
+
+
+class _Sentinels:
+    """Written strings, each behind a sentinel that no writer can guess and no template can alter."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.nonce = secrets.token_hex(8)
+        self.written: list[str] = []
+        self.specials = tokenizer.get_added_vocab().keys()
+
+    def hide(self, text: str) -> str:
+        """The sentinel for a string; outer white space stays outside, since templates trim it and ask for it."""
+        core = text.strip()
+        if not core:
+            return text
+        start = text.index(core)
+        return text[:start] + self._sentinel(core) + text[start + len(core) :]
+
+    def hide_json(self, value: Any) -> Any:
+        """A JSON value with its dangerous strings hidden.
+
+        The quotes around a JSON string keep it from joining its neighbours into a special token, so a string that
+        holds none is left to the template, and tokens merge across the quotes as the decoder has seen them.
+        """
+        if isinstance(value, str):
+            escaped = json.dumps(value, ensure_ascii=False)[1:-1]
+            return self._sentinel(escaped) if any(special in escaped for special in self.specials) else value
+        if isinstance(value, Mapping):
+            return {self.hide_json(str(k)): self.hide_json(v) for k, v in value.items()}
+        return [self.hide_json(v) for v in value] if isinstance(value, list) else value
+
+    def _sentinel(self, text: str) -> str:
+        self.written.append(text)
+        return f"x{self.nonce}n{len(self.written) - 1}x"
+
+    def pieces(self, rendered: str) -> Iterator[tuple[bool, str]]:
+        """(was it written by a person, text) in order; white space next to a written piece goes with it.
+
+        A tokenizer merges a space into the word behind it, so it must see both together; for the same reason written
+        pieces with nothing between them are one.
+        """
+        parts = re.split(rf"(\s*)x{self.nonce}n(\d+)x(\s*)", rendered)
+        yield False, parts[0]
+        written = ""
+        for before, index, after, template in zip(*[iter(parts[1:])] * 4):
+            written += before + self.written[int(index)] + after
+            if template:
+                yield True, written
+                yield False, template
+                written = ""
+        if written:
+            yield True, written
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    image_tokens: Sequence[int] = (),
+    enable_thinking: bool | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    max_images_per_turn: int = 1,
+) -> list[int]:
+    """Token ids of a conversation, up to where the assistant is to speak.
+
+    On benign text these are the ids of `apply_chat_template(..., add_generation_prompt=True)`, image placeholders
+    expanded; only a merge across the border of a written text and a template that touches it without a space differs.
+
+    Args:
+        messages: OpenAI or Hugging Face style; content is a string or a list of text and image parts.
+        image_tokens: how many tokens each image takes, in the order of the image parts.
+        enable_thinking: passed to the template; None leaves the template's own default.
+        tools: JSON schemas of functions, rendered by the decoder's own template.
+        max_images_per_turn: what the model's configuration allows.
+
+    Raises:
+        SampleError: images in the messages and `image_tokens` differ in number, a turn holds too many, or the template
+            refuses the messages.
+    """
+    images = count_images(messages, max_images_per_turn)
+    if images != len(image_tokens):
+        raise SampleError(f"the messages hold {images} images but {len(image_tokens)} were given")
+    sentinels = _Sentinels(tokenizer)
+    rendered = _render(
+        tokenizer,
+        [_hide_message(m, sentinels) for m in messages],
+        tools=[_hide_tool(t, sentinels) for t in tools] if tools else None,
+        add_generation_prompt=True,
+        enable_thinking=enable_thinking,
+    )
+    ids = _encode_pieces(tokenizer, sentinels, rendered)
+    return _expand_images(ids, image_tokens, image_token_id(tokenizer))
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    image_tokens: Sequence[int] = (),
+    enable_thinking: bool | None = None,
+    max_images_per_turn: int = 1,
+) -> tuple[list[int], int]:
+    """Token ids of a conversation that ends with the assistant's turn, and how many of them are prompt.
+
+    The prompt is `encode_prompt` of the turns before, so an empty think block belongs to it and is never a target.
+    The target is the last turn's text and the tokens that close the turn, to the first that ends generation.
+    """
+    if not messages or messages[-1].get("role") != "assistant":
+        raise SampleError("a training conversation must end with an assistant turn")
+    target = _text_of(messages[-1])
+    if not target.strip():
+        raise SampleError("the assistant's text is empty")
+    prompt = encode_prompt(
+        tokenizer,
+        messages[:-1],
+        image_tokens=image_tokens,
+        enable_thinking=enable_thinking,
+        max_images_per_turn=max_images_per_turn,
+    )
+    return prompt + encode_text(tokenizer, target) + turn_end(tokenizer), len(prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionFrame:
+    """`encode_example` of "one image, one fixed prompt, one caption", with all that never changes done once."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    end: tuple[int, ...]
+    image_id: int
+
+    @classmethod
+    def build(cls, tokenizer: PreTrainedTokenizerBase, prompt: str, enable_thinking: bool | None) -> CaptionFrame:
+        image_id = image_token_id(tokenizer)
+        ids = encode_prompt(tokenizer, caption_messages(prompt), image_tokens=[1], enable_thinking=enable_thinking)
+        at = ids.index(image_id)
+        return cls(tuple(ids[:at]), tuple(ids[at + 1 :]), tuple(turn_end(tokenizer)), image_id)
+
+    def prompt(self, image_tokens: int) -> list[int]:
+        return [*self.before, *[self.image_id] * image_tokens, *self.after]
+
+    def example(self, tokenizer: PreTrainedTokenizerBase, caption: str, image_tokens: int) -> tuple[list[int], int]:
+        """Token ids and how many of them are prompt."""
+        prompt = self.prompt(image_tokens)
+        return prompt + self.caption(tokenizer, caption), len(prompt)
+
+    def caption(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        """Token ids of the part that is predicted."""
+        return self.captions(tokenizer, [text])[0]
+
+    def captions(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+        """The same for many at once, which takes less time each."""
+        return [[*ids, *self.end] for ids in encode_texts(tokenizer, texts)]
+
+
+def caption_messages(prompt: str) -> list[dict[str, Any]]:
+    """The conversation in which a caption is asked for."""
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+
+
+def image_thinking(has_image: bool, image_turn_thinking: bool) -> bool | None:
+    """The default of `enable_thinking`: image turns as the checkpoint was trained, text turns as the template says."""
+    return False if has_image and not image_turn_thinking else None
+
+
+def count_images(messages: Sequence[Message], max_per_turn: int | None = None) -> int:
+    """Images in a conversation; the one place where too many in a turn are refused.
+
+    Raises:
+        SampleError: a turn holds more than `max_per_turn`.
+    """
+    total = 0
+    for message in messages:
+        content = message.get("content")
+        found = sum(part.get("type") in IMAGE_TYPES for part in content) if isinstance(content, (list, tuple)) else 0
+        if max_per_turn is not None and found > max_per_turn:
+            raise SampleError(
+                f"a {message.get('role')} turn holds {found} images; this model takes at most {max_per_turn} in a turn "
+                "(max_images_per_turn in its config.json)"
+            )
+        total += found
+    return total
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of `<|image_pad|>`.
+
+    Raises:
+        RunError: the tokenizer has no such token.
+    """
+    found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)  # get_vocab() would build a dict of the whole vocabulary
+    if found is None or tokenizer.convert_ids_to_tokens(found) != IMAGE_TOKEN:
+        raise RunError(f"the tokenizer has no {IMAGE_TOKEN} token; use one of the A-series layout, which names slot 22 so")
+    return int(found)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of text that a person wrote: never a special or an added token, whatever it spells."""
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """`encode_text` of each; at once, and without the offsets that nobody reads, it takes a fifth less time."""
+    return [e.ids for e in _plain(tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def text_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    """Where in the text each token of `encode_text` stands: (start, end) in characters."""
+    return list(_plain(tokenizer).encode(text, add_special_tokens=False).offsets)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that close an assistant turn, to the first special one; the end of sequence if the template has none."""
+    sentinels = _Sentinels(tokenizer)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": sentinels.hide("a")}]
+    rendered = _render(tokenizer, turns, tools=None, add_generation_prompt=False, enable_thinking=None)
+    *_, (written, closing) = sentinels.pieces(rendered)
+    ids = [] if written else tokenizer.encode(closing, add_special_tokens=False)
+    special = set(tokenizer.all_special_ids)
+    for length, token in enumerate(ids, 1):
+        if token in special:
+            return list(ids[:length])
+    return [int(tokenizer.eos_token_id)]
+
+
+# --- inside ----------------------------------------------------------------------------------------------------------
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], *, enable_thinking: bool | None, **kwargs: Any) -> str:
+    if enable_thinking is not None:
+        kwargs["enable_thinking"] = enable_thinking
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+    except TemplateError as error:
+        raise SampleError(f"the decoder's chat template refused the messages: {error}") from error
+
+
+def _hide_message(message: Message, sentinels: _Sentinels) -> dict[str, Any]:
+    """A message with every written string behind a sentinel."""
+    hidden: dict[str, Any] = {k: v for k, v in message.items() if k in _STRUCTURAL}
+    role = message.get("role")
+    if not isinstance(role, str) or not _NAME.fullmatch(role):
+        raise SampleError(f"a message has the role {role!r}; expected system, user, assistant or tool")
+    content = message.get("content")
+    if isinstance(content, str):
+        if role == "assistant" and (thought := _THOUGHT.match(content)):
+            # Templates look for the think block in the text, which they will not see: hand them its two parts.
+            hidden["reasoning_content"] = sentinels.hide(thought[1].strip("\n"))
+            content = content[thought.end() :].lstrip("\n")
+        hidden["content"] = sentinels.hide(content)
+    elif isinstance(content, list):
+        hidden["content"] = [_hide_part(part, sentinels) for part in content]
+    else:
+        hidden["content"] = ""
+    if reasoning := message.get("reasoning_content"):
+        hidden["reasoning_content"] = sentinels.hide(str(reasoning))
+    if calls := message.get("tool_calls"):
+        hidden["tool_calls"] = [_hide_call(call, sentinels) for call in calls]
+    if name := message.get("name"):
+        hidden["name"] = _checked_name(name)
+    return hidden
+
+
+def _hide_part(part: Message, sentinels: _Sentinels) -> dict[str, Any]:
+    kind = part.get("type")
+    if kind in IMAGE_TYPES:
+        return {"type": "image"}
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": sentinels.hide(part["text"])}
+    raise SampleError(f"a content part has the type {kind!r}; expected text with a string, image or image_url")
+
+
+def _hide_call(call: Message, sentinels: _Sentinels) -> dict[str, Any]:
+    function = call.get("function", call)
+    arguments = function.get("arguments", {})
+    hidden = {
+        "name": _checked_name(function.get("name")),
+        "arguments": sentinels.hide(arguments) if isinstance(arguments, str) else sentinels.hide_json(arguments),
+    }
+    return {"type": "function", "function": hidden}
+
+
+def _hide_tool(tool: Mapping[str, Any], sentinels: _Sentinels) -> dict[str, Any]:
+    function = dict(tool.get("function", {}))
+    name = _checked_name(function.pop("name", None))
+    return {"type": "function", "function": {"name": name, **{k: sentinels.hide_json(v) for k, v in function.items()}}}
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise SampleError(f"a function is named {name!r}; expected 1 to 64 of the characters A-Z a-z 0-9 _ . -")
+    return name
+
+
+def _text_of(message: Message) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
+        return "".join(part["text"] for part in content)
+    raise SampleError("the assistant's turn must be text")
+
+
+def _encode_pieces(tokenizer: PreTrainedTokenizerBase, sentinels: _Sentinels, rendered: str) -> list[int]:
+    ids: list[int] = []
+    for written, text in sentinels.pieces(rendered):
+        ids += encode_text(tokenizer, text) if written else tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def _expand_images(ids: list[int], image_tokens: Sequence[int], image_id: int) -> list[int]:
+    found = ids.count(image_id)
+    if found != len(image_tokens):
+        raise SampleError(
+            f"the decoder's chat template rendered {found} {IMAGE_TOKEN} for {len(image_tokens)} images; "
+            "it must render one for each image part"
+        )
+    counts = iter(image_tokens)
+    return [token for i in ids for token in ([i] * next(counts) if i == image_id else [i])]
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The tokenizer's own model without its added tokens, so that no written text can spell one. Made once a tokenizer."""
+    plain = tokenizer.__dict__.get("_artemis_plain")
+    if plain is None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise RunError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json")
+        description = json.loads(backend.to_str())
+        description["added_tokens"] = []
+        plain = Tokenizer.from_str(json.dumps(description))
+        plain.no_truncation()
+        plain.no_padding()
+        tokenizer.__dict__["_artemis_plain"] = plain
+    return plain

@@ -1,0 +1,366 @@
+"""The frozen tower and decoder on packed rows, written out for training.
+
+`PackedModel.loss` equals `modeling.packed_loss`, which runs Transformers' own layers and with which the tests compare.
+Weights that share an input lie in one tensor and are multiplied at once; each kind of layer is one function, compiled
+once for all layers and lengths. Nothing is computed that cannot matter: in the last decoder layer only keys and values
+before a sample's first supervised state, in the tower not the second copy of the frame.
+
+Shape suffixes: T tokens, R tail tokens, P patches, I images, H hidden size, N heads, D head size, F inner size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+from artemis_vlm import frozen
+from artemis_vlm.errors import RunError
+from artemis_vlm.frozen import Fp8Weight, Weight, attend, frozen_head_cross_entropy, frozen_linear, mark_rows
+from artemis_vlm.image import ImageSpec
+from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, decoder_states, normalize
+from artemis_vlm.packing import PackedBatch
+
+logger = logging.getLogger(__name__)
+
+#: Rows are padded to a multiple of this on a GPU, whose kernels like round lengths.
+PAD_TO: Final = 128
+#: Decoder layers that are RMSNorm, rotary grouped attention and a gated SiLU MLP, without biases.
+KNOWN_LAYERS: Final = ("MistralDecoderLayer", "LlamaDecoderLayer")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of a decoder's attention, and the epsilon of its norms."""
+
+    query: int
+    key: int
+    size: int
+    epsilon: float
+
+
+class LayerWeights(NamedTuple):
+    """A decoder layer's. `attention` is query, key and value in one, or in the last layer query, and key and value."""
+
+    input_norm: torch.Tensor
+    attention: tuple[Weight, ...]
+    out: Weight
+    mlp_norm: torch.Tensor
+    gate_up: Weight
+    down: Weight
+
+
+class BlockWeights(NamedTuple):
+    """A tower block's: a weight and a bias each."""
+
+    norm1: tuple[torch.Tensor, torch.Tensor]
+    qkv: tuple[torch.Tensor, torch.Tensor]
+    out: tuple[torch.Tensor, torch.Tensor]
+    norm2: tuple[torch.Tensor, torch.Tensor]
+    fc1: tuple[torch.Tensor, torch.Tensor]
+    fc2: tuple[torch.Tensor, torch.Tensor]
+
+
+# --- the decoder -----------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of x (T, N, D); cos and sin (T, D)."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+def _mlp(x: torch.Tensor, w: LayerWeights, heads: Heads) -> torch.Tensor:
+    gate, up = frozen_linear(rms_norm(x, w.mlp_norm, heads.epsilon), w.gate_up).chunk(2, -1)
+    return x + frozen_linear(F.silu(gate) * up, w.down)
+
+
+def decoder_layer(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    samples: torch.Tensor,
+    w: LayerWeights,
+    heads: Heads,
+    max_length: int,
+) -> torch.Tensor:
+    """x (T, H) to (T, H); samples int32 (B + 1,), where they begin and end."""
+    qkv = frozen_linear(rms_norm(x, w.input_norm, heads.epsilon), w.attention[0])
+    q, k, v = torch.split(qkv.view(len(x), -1, heads.size), [heads.query, heads.key, heads.key], 1)
+    out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, samples, samples, max_length, causal=True)
+    return _mlp(x + frozen_linear(out.flatten(1), w.out), w, heads)
+
+
+def last_decoder_layer(
+    x: torch.Tensor,
+    x_tail: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cos_tail: torch.Tensor,
+    sin_tail: torch.Tensor,
+    samples: torch.Tensor,
+    tails: torch.Tensor,
+    w: LayerWeights,
+    heads: Heads,
+    max_length: int,
+) -> torch.Tensor:
+    """x (T, H) and its tail rows x_tail (R, H) to the tail rows (R, H) of what `decoder_layer` gives."""
+    kv = frozen_linear(rms_norm(x, w.input_norm, heads.epsilon), w.attention[1])
+    k, v = kv.view(len(x), -1, heads.size).chunk(2, 1)
+    q = frozen_linear(rms_norm(x_tail, w.input_norm, heads.epsilon), w.attention[0]).view(len(x_tail), -1, heads.size)
+    out = attend(rotate(q, cos_tail, sin_tail), rotate(k, cos, sin), v, tails, samples, max_length, causal=True)
+    return _mlp(x_tail + frozen_linear(out.flatten(1), w.out), w, heads)
+
+
+def share_memory(*linears: nn.Linear) -> torch.Tensor:
+    """One weight of several layers with the same input, one under the other; theirs become views of it."""
+    whole = torch.cat([linear.weight.data for linear in linears])
+    for linear, rows in zip(linears, torch.split(whole, [linear.out_features for linear in linears])):
+        linear.weight.data = rows
+    return whole
+
+
+def layer_weights(layer: Any, last: bool, fp8: bool, device: torch.device) -> LayerWeights:
+    """What the functions above read of one of Transformers' layers; values are shared, or made anew in 8 bits."""
+    a, m = layer.self_attn, layer.mlp
+
+    def kept(*linears: nn.Linear) -> Weight:
+        for linear in linears:  # they wait on the host if the model was in 8 bits before
+            linear.weight.data = linear.weight.data.to(device)
+        whole = share_memory(*linears) if len(linears) > 1 else linears[0].weight.data
+        if not fp8:
+            return whole
+        made = Fp8Weight.of(whole)
+        for linear in linears:  # a copy on the host for captions and for the comparison with the manifest
+            linear.weight.data = linear.weight.data.cpu()
+        return made
+
+    attention = (kept(a.q_proj), kept(a.k_proj, a.v_proj)) if last else (kept(a.q_proj, a.k_proj, a.v_proj),)
+    norms = layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data
+    return LayerWeights(norms[0], attention, kept(a.o_proj), norms[1], kept(m.gate_proj, m.up_proj), kept(m.down_proj))
+
+
+def is_known(decoder: PreTrainedModel, max_tokens: int) -> bool:
+    """Whether `decoder_layer` computes what this decoder's layers do."""
+    config, layers = decoder.config, getattr(decoder.get_decoder(), "layers", [])
+    window = getattr(config, "sliding_window", None)
+    return (
+        len(layers) > 0
+        and all(type(layer).__name__ in KNOWN_LAYERS for layer in layers)
+        and all(m.bias is None for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
+        and getattr(config, "hidden_act", "") == "silu"
+        and (window is None or window >= max_tokens)
+        and not any(p.requires_grad for p in decoder.parameters())
+    )
+
+
+# --- the tower -------------------------------------------------------------------------------------------------------
+
+
+def tower_block(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    images: torch.Tensor,
+    w: BlockWeights,
+    heads: int,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    max_patches: int,
+) -> torch.Tensor:
+    """x (P, H) to (P, H); images int32 (I + 1,), where they begin and end."""
+    qkv = F.linear(F.layer_norm(x, x.shape[-1:], *w.norm1, eps=1e-6), *w.qkv)
+    q, k, v = qkv.view(len(x), 3, heads, -1).unbind(1)
+    q, k = (rotate(t.float(), cos, sin).to(x.dtype) for t in (q, k))
+    out = attend(q, k, v, images, images, max_patches, causal=False)
+    x = x + F.linear(out.flatten(1), *w.out)
+    inner = activation(F.linear(F.layer_norm(x, x.shape[-1:], *w.norm2, eps=1e-6), *w.fc1))
+    return x + F.linear(inner, *w.fc2)
+
+
+def block_weights(block: Any) -> BlockWeights:
+    parts = block.norm1, block.attn.qkv, block.attn.proj, block.norm2, block.mlp.linear_fc1, block.mlp.linear_fc2
+    return BlockWeights(*((part.weight.data, part.bias.data) for part in parts))
+
+
+def patch_places(grid_thw: torch.Tensor, n_patches: int, merge: int) -> tuple[torch.Tensor, ...]:
+    """Row, column, and the image's height and width of each patch in merge order, int64 (P,) each.
+
+    Computed where the grid is and without waiting for it.
+    """
+    heights, widths = grid_thw[:, 1], grid_thw[:, 2]
+    counts = heights * widths
+    image = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=n_patches)
+    height, width = heights[image], widths[image]
+    within = torch.arange(n_patches, device=counts.device) - (counts.cumsum(0) - counts)[image]
+    block, inside = within // merge**2, within % merge**2
+    blocks_across = width // merge
+    row = block // blocks_across * merge + inside // merge
+    column = block % blocks_across * merge + inside % merge
+    return row, column, height, width
+
+
+def tower_positions(places: tuple[torch.Tensor, ...], table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The square table (side**2, H) of learned positions, stretched over each image bilinearly: (P, H)."""
+    side = int(table.shape[0] ** 0.5)
+    row, column, height, width = places
+
+    def taps(index: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        at = index.float() * (side - 1) / (size - 1).clamp(min=1)
+        low = at.floor().long()
+        share = at - low
+        return torch.stack((low, (low + 1).clamp(max=side - 1)), 1), torch.stack((1 - share, share), 1)
+
+    (rows, row_shares), (columns, column_shares) = taps(row, height), taps(column, width)
+    indices = (rows[:, :, None] * side + columns[:, None, :]).flatten(1)
+    shares = (row_shares[:, :, None] * column_shares[:, None, :]).flatten(1)
+    return (F.embedding(indices, table) * shares[:, :, None]).sum(1).to(dtype)
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+
+class PackedModel:
+    """A model made ready for projector-only training.
+
+    Args:
+        max_tokens: of the longest sample; what the kernels are told, so that lengths never compile anything anew.
+        fp8: the decoder's linear layers compute in float8; their own weights wait on the host (`original_weights`).
+        compile_it: None: on a GPU with Triton.
+
+    Raises:
+        RunError: fp8 is asked of a decoder or a device that cannot do it.
+    """
+
+    def __init__(
+        self,
+        model: ArtemisVLMForConditionalGeneration,
+        spec: ImageSpec,
+        max_tokens: int,
+        *,
+        fp8: bool = False,
+        compile_it: bool | None = None,
+    ) -> None:
+        self.model, self.spec = model, spec
+        decoder: PreTrainedModel = model.language_model
+        self.device = model.multi_modal_projector.fc1.weight.device
+        self.compile_it = frozen.can_compile(self.device) if compile_it is None else compile_it
+        self.pad_to = PAD_TO if self.device.type == "cuda" else 1
+        self.max_length = max_tokens + self.pad_to - 1
+        self.max_patches = max(spec.max_pixels // spec.patch_size**2, spec.merge_size**2)
+        self.fp8 = fp8
+        frozen.choose_varlen(self.device)
+        self._prepare_tower(model.visual)
+        self.layers: list[LayerWeights] = []
+        if is_known(decoder, self.max_length):
+            self._prepare_decoder(decoder)
+        elif fp8:
+            raise RunError(f"fp8 is for Mistral's and Llama's layers; {type(decoder).__name__} has others: drop fp8")
+        else:
+            logger.warning("%s has layers that are not written out here: they run as they are", type(decoder).__name__)
+            frozen.use_packed_attention(decoder)
+
+    def _prepare_tower(self, visual: Qwen3VLVisionModel) -> None:
+        self.blocks = [block_weights(block) for block in visual.blocks]
+        self.tower_heads = visual.blocks[0].attn.num_heads
+        self.activation = visual.blocks[0].mlp.act_fn
+        embed = visual.patch_embed.proj
+        # (H, C, frames, y, x): an image is one frame shown `frames` times, so the frames' weights act as their sum.
+        wide = torch.promote_types(embed.weight.dtype, torch.float32)
+        self.patch_weight = embed.weight.data.to(wide).sum(2).flatten(1)
+        self.patch_bias = embed.bias.data.to(wide)
+
+    def _prepare_decoder(self, decoder: PreTrainedModel) -> None:
+        if self.fp8:
+            try:
+                frozen.check_fp8(self.device)
+            except ValueError as error:
+                raise RunError(str(error)) from error
+        layers = decoder.get_decoder().layers
+        attention = layers[0].self_attn
+        size = attention.head_dim
+        self.heads = Heads(
+            attention.q_proj.out_features // size,
+            attention.k_proj.out_features // size,
+            size,
+            layers[0].input_layernorm.variance_epsilon,
+        )
+        for index, layer in enumerate(layers):
+            self.layers.append(layer_weights(layer, index == len(layers) - 1, self.fp8, self.device))
+
+    @contextmanager
+    def original_weights(self) -> Iterator[None]:
+        """Brings weights that wait on the host back for a while, for what runs Transformers' own layers."""
+        linears = [m for m in self.model.language_model.modules() if isinstance(m, nn.Linear)]
+        waiting = [linear for linear in linears if linear.weight.device != self.device]
+        for linear in waiting:
+            linear.weight.data = linear.weight.data.to(self.device)
+        try:
+            yield
+        finally:
+            for linear in waiting:
+                linear.weight.data = linear.weight.data.cpu()
+
+    def _call(self, function: Callable[..., torch.Tensor], varying: tuple[torch.Tensor, ...], *fixed: Any) -> torch.Tensor:
+        """A layer on tensors whose first dimension varies, and on what is the same in every batch."""
+        if self.compile_it:
+            mark_rows(*varying)
+            function = frozen.compiled(function)
+        return function(*varying, *fixed)
+
+    @torch.no_grad()
+    def features(self, batch: PackedBatch) -> torch.Tensor:
+        """The tower's merged features (V, out_hidden)."""
+        if batch.max_patches > self.max_patches:
+            raise RunError(f"an image has {batch.max_patches} patches; this tower was prepared for {self.max_patches}")
+        visual = self.model.visual
+        places = patch_places(batch.grid_thw, len(batch.patches), self.spec.merge_size)
+        pixels = normalize(batch.patches, self.spec).to(self.patch_weight.dtype)
+        x = F.linear(pixels, self.patch_weight, self.patch_bias).to(visual.dtype)
+        x = x + tower_positions(places, visual.pos_embed.weight, x.dtype)
+        cos, sin = visual.rotary_pos_emb(x, torch.stack(places[:2], 1))
+        for weights in self.blocks:
+            fixed = weights, self.tower_heads, self.activation, self.max_patches
+            x = self._call(tower_block, (x, cos, sin, batch.cu_patches), *fixed)
+        return visual.merger(x)  # type: ignore[no-any-return]
+
+    def loss(self, batch: PackedBatch) -> torch.Tensor:
+        """Summed cross entropy of the supervised tokens, float32 scalar; the gradient reaches the projector only."""
+        if batch.max_length > self.max_length:
+            raise RunError(f"a sample has {batch.max_length} tokens; this model was prepared for {self.max_length}")
+        decoder = self.model.language_model
+        with torch.no_grad():
+            embeds = decoder.get_input_embeddings()(batch.input_ids)
+        if len(batch.image_index):
+            image = self.model.project(self.features(batch)).to(embeds.dtype)
+            embeds = embeds.index_copy(0, batch.image_index, image)
+        states = self._supervised_states(embeds, batch)
+        head = decoder.get_output_embeddings().weight
+        return frozen_head_cross_entropy(states, head, batch.targets, compile_it=self.compile_it)
+
+    def _supervised_states(self, x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """Embeddings (T, H) to the normed last hidden states (S, H) that predict the targets."""
+        decoder = self.model.language_model
+        if not self.layers:
+            return decoder_states(decoder, x, batch, self.max_length).index_select(0, batch.loss_index)
+        base = decoder.get_decoder()
+        cos, sin = (t[0] for t in base.rotary_emb(x[None], batch.position_ids[None]))
+        for weights in self.layers[:-1]:
+            fixed = weights, self.heads, self.max_length
+            x = self._call(decoder_layer, (x, cos, sin, batch.cu_seqlens), *fixed)
+        x_tail, cos_tail, sin_tail = (t.index_select(0, batch.tail_index) for t in (x, cos, sin))
+        varying = x, x_tail, cos, sin, cos_tail, sin_tail, batch.cu_seqlens, batch.cu_tails
+        x = self._call(last_decoder_layer, varying, self.layers[-1], self.heads, self.max_length)
+        return base.norm(x.index_select(0, batch.loss_row))  # type: ignore[no-any-return]

@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Align a projector: `ray job submit --working-dir . -- python jobs/train_a3.py [demo|a3|a3-preview] [--field value ...]`.
+
+Without arguments it trains the embedded demo. The same command continues an unfinished run.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tyro
+
+from artemis_vlm.errors import exit_code
+from demo import assets
+from pipelines import report
+from pipelines.align import A3, A3_PREVIEW, DEMO, TrainConfig
+from pipelines.train import fit
+
+RUNS = {
+    "demo": ("The embedded demo: minutes on two cores, no downloads.", DEMO),
+    "a3": ("The published A3: 1,000,000 samples, 31,219 steps.", A3),
+    "a3-preview": ("The published A3-preview: 25,000 samples, 3,094 steps.", A3_PREVIEW),
+}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or (arguments[0].startswith("--") and arguments[0] not in ("-h", "--help")):
+        arguments = ["demo", *arguments]
+    config: TrainConfig = tyro.extras.overridable_config_cli(
+        RUNS,
+        prog="train_a3.py",
+        description="Align a projector between a frozen tower and a frozen decoder.",
+        args=arguments,
+    )
+    return exit_code(lambda: train(assets.fill_in(config) if arguments[0] == "demo" else config))
+
+
+def train(config: TrainConfig) -> None:
+    print(report.summary(fit(config), config))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

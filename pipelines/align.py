@@ -1,0 +1,599 @@
+"""Projector-only alignment: the recipe, and the loop that carries it out on one rank.
+
+Knows nothing of Ray: it takes steps from any feed and talks to other ranks through torch.distributed alone, so it
+runs the same under Ray Train, in a test, and on a bare GPU. A step is exactly `batch_size` samples; its loss is the
+sum of token losses over the supervised tokens of the whole step, however it is cut into micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from artemis_vlm.errors import RunError
+from artemis_vlm.frozen import compute_dtype
+from artemis_vlm.image import ImageSpec
+from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration
+from artemis_vlm.packed import PackedModel
+from artemis_vlm.packing import Example, PackedBatch, pack, split_by_tokens
+from pipelines.checkpoint import Checkpoint
+from pipelines.data import Counts, DataEnded
+
+logger = logging.getLogger(__name__)
+
+#: Where eval loss is taken when `eval_every` is 0, and what the report shows, as shares of all steps.
+EVAL_SHARES: Final = (0.0, 0.05, 0.20, 0.50, 0.75, 0.90, 1.0)
+#: Steps in a row with a non-finite loss or gradient that stop a run.
+MAX_SKIPPED_STEPS: Final = 3
+#: Of a micro-batch where memory is not what limits it.
+CPU_MICRO_TOKENS: Final = 8192
+#: Of the memory that is free at step 0, how much micro-batches may take; less where the GPU's memory is the host's.
+MEMORY_SHARE: Final = 0.85
+UNIFIED_MEMORY_SHARE: Final = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A projector-only run. The named runs below are values of it; the command line overrides fields."""
+
+    tower: str = ""
+    """Vision tower: a Qwen3-VL checkpoint, a tower alone, or an A3; folder, s3:// URI or hub id."""
+    decoder: str = ""
+    """Text decoder with its tokenizer and chat template; folder, s3:// URI or hub id."""
+    data: str = ""
+    """BLIP3o-style tar shards, parquet or a saved dataset; folder, glob, s3:// URI, hf:// URI or hub dataset id."""
+    eval_data: str = ""
+    """Separate evaluation data; empty: the first `held_out` of `data`, which training skips."""
+    output: str = ""
+    """Where checkpoints, metrics and the model go; folder or s3:// URI. The same output continues the run."""
+
+    samples: int = 1_000_000
+    """Samples of one pass, held-out ones included; they fix the number of steps."""
+    held_out: int = 1_000
+    """Samples kept for evaluation, from `eval_data` if given, else from `data`."""
+    batch_size: int = 32
+    """Samples a step, exactly, over all workers and micro-batches."""
+    max_steps: int = 0
+    """Steps of the cosine; 0: ceil((samples - held_out) / batch_size)."""
+    learning_rate: float = 1e-3
+    """Peak, reached after warm-up; cosine to 0."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    clip_norm: float = 1.0
+    """Gradient norm above which the gradient is scaled down; 0: never."""
+    seed: int = 0
+    """Decides the projector's first weights and the data order."""
+    prompt: str = "Describe this image in detail."
+    """What the user says beside each image."""
+    min_pixels: int = 32 * 32
+    """Smaller images are enlarged to this area, in pixels."""
+    max_pixels: int = 512 * 512
+    """Larger images are reduced to this area, in pixels."""
+    max_tokens: int = 2048
+    """Longer samples are quarantined."""
+    dtype: str = "bfloat16"
+    """Of the frozen parts and of all computing: bfloat16, float32, or auto, which is bfloat16 except on CPUs without it.
+    The projector's weights and moments are float32."""
+    frozen_precision: str = "dtype"
+    """Of the decoder's linear layers while training: `dtype`, or `fp8`, products in 8 bits; the export is not touched."""
+
+    eval_every: int = 0
+    """Steps between evaluations; 0: at 0, 5, 20, 50, 75, 90 and 100 % of the steps."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: twenty a run."""
+    keep: int = 3
+    """Newest checkpoints kept, beside the best."""
+    captions: int = 8
+    """Held-out images captioned before and after, for the report."""
+    max_bad_share: float = 0.01
+    """Share of unusable samples that stops the run."""
+    export: str = "model"
+    """`model`: a whole A3 folder at the end; `projector`: only the projector and the names of its sources."""
+
+    workers: int = 1
+    """Training processes, one GPU each where there are GPUs; 0: as many as GPUs, without any two."""
+    micro_tokens: int = 0
+    """Most tokens of one micro-batch, beyond a single sample; 0: what fits at step 0, kept when a run continues."""
+    threads: int = 0
+    """CPU threads of a training process without a GPU; 0: the machine's cores over its workers."""
+    worker_label: str = ""
+    """`key=value` of the nodes that may train, such as `a3/role=gb10`."""
+    decode_workers: int = 0
+    """Processes that decode images; 0: from the cluster's CPUs."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size", "keep", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise RunError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.workers < 0:
+            raise RunError(f"workers is {self.workers}; expected at least 1, or 0 for what suits the cluster")
+        if self.micro_tokens < 0:
+            raise RunError(f"micro_tokens is {self.micro_tokens}; expected at least 1, or 0 for what fits the memory")
+        if not 0 <= self.held_out < self.samples:
+            raise RunError(f"held_out is {self.held_out} of {self.samples} samples; something must be left to train on")
+        if self.workers > self.batch_size:
+            raise RunError(f"{self.workers} workers share a step of {self.batch_size} samples; each needs at least one")
+        if not 0 <= self.warmup < 1:
+            raise RunError(f"warmup is {self.warmup}; it is a share of the steps, at least 0 and below 1")
+        if self.dtype not in ("bfloat16", "float32", "auto"):
+            raise RunError(f"dtype is {self.dtype}; expected bfloat16, float32 or auto")
+        if self.frozen_precision not in ("dtype", "fp8"):
+            raise RunError(f"frozen_precision is {self.frozen_precision}; expected dtype or fp8")
+        if self.export not in ("model", "projector"):
+            raise RunError(f"export is {self.export}; expected model or projector")
+        if self.worker_label and "=" not in self.worker_label:
+            raise RunError(f"worker_label is {self.worker_label}; expected key=value")
+
+    @property
+    def steps(self) -> int:
+        return self.max_steps or math.ceil((self.samples - self.held_out) / self.batch_size)
+
+    @property
+    def eval_steps(self) -> frozenset[int]:
+        shares = {round(share * self.steps) for share in EVAL_SHARES}
+        return frozenset(shares | set(range(0, self.steps, self.eval_every)) if self.eval_every else shares)
+
+    @property
+    def save_steps(self) -> int:
+        return self.save_every or max(1, self.steps // 20)
+
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        return compute_dtype(device) if self.dtype == "auto" else getattr(torch, self.dtype)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The fields that decide the result: a run continues only where they are equal.
+
+        What is read counts by its content and not by where it is, so models and data are compared elsewhere.
+        """
+        places = {"tower", "decoder", "data", "eval_data", "output"}
+        free = {"keep", "captions", "workers", "worker_label", "decode_workers", "save_every", "max_bad_share"}
+        free |= {"export", "threads", "micro_tokens", "dtype"}  # the last three are the checkpoint's, see `restore`
+        fields = {k: v for k, v in asdict(self).items() if k not in places | free}
+        return fields | {"steps": self.steps}
+
+
+#: The published A3 (its card's "~0.5 %" held out does not fit its 31,219 steps; 1,000 samples do).
+A3: Final = TrainConfig(eval_every=780, save_every=780, worker_label="a3/role=gb10")
+#: The published A3-preview.
+A3_PREVIEW: Final = replace(A3, samples=25_000, held_out=250, batch_size=8, warmup=0.0, eval_every=0, save_every=200)
+
+#: Minutes on two cores; jobs/train_a3.py fills in the embedded decoder, tower and images.
+DEMO: Final = TrainConfig(
+    samples=640,
+    held_out=32,
+    batch_size=4,
+    learning_rate=3e-3,
+    max_pixels=320 * 320,
+    dtype="auto",
+    workers=0,
+    save_every=60,
+    micro_tokens=4096,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one rank does in one step.
+
+    micro_batches: this rank's share of the step's samples
+    n_targets, uids: of the whole step, over all ranks
+    position: where the data stream stands after this step, as JSON
+    counts: seen, used and quarantined samples since the run began
+    quarantined: (uid, reason) of the samples passed over for this step
+    """
+
+    micro_batches: Sequence[Sequence[Example]]
+    n_targets: int
+    uids: Sequence[str]
+    position: Mapping[str, Any]
+    counts: Mapping[str, int]
+    quarantined: Sequence[tuple[str, str]] = ()
+
+
+class Feed(Protocol):
+    """Anything that hands out steps in order."""
+
+    def next(self, stopping: Callable[[], bool], /) -> Step | None:
+        """The next step; None if `stopping` came true before there was one.
+
+        Raises:
+            DataEnded: there will be none; every rank is told at the same step.
+        """
+
+
+def never() -> bool:
+    return False
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of the update after `step` updates: linear warm-up, then cosine to 0 at the last step."""
+    warmup_steps = math.ceil(config.warmup * config.steps)
+    if step < warmup_steps:
+        return config.learning_rate * (step + 1) / warmup_steps
+    share = (step - warmup_steps) / max(1, config.steps - warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedStep:
+    """A step whose batches are on the device, or on their way there.
+
+    ready: what the device must wait for before it reads them
+    """
+
+    work: Step
+    batches: Sequence[PackedBatch]
+    ready: torch.cuda.Event | None
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step that the device is working on.
+
+    work: None where this rank has none
+    numbers: float32 (3,), the loss, the gradient's norm, and above 0 if some rank abandons the step
+    done: when they will be there
+    """
+
+    work: Step | None
+    numbers: torch.Tensor
+    done: torch.cuda.Event | None
+
+    def is_done(self) -> bool:
+        return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
+
+
+class Alignment:
+    """The trained state of a run on one rank, and what can be done with it: step, evaluate, save, restore."""
+
+    def __init__(
+        self,
+        model: ArtemisVLMForConditionalGeneration,
+        spec: ImageSpec,
+        config: TrainConfig,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        compile_it: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            inputs: what the run reads, by its content, as JSON; a checkpoint of other inputs is refused.
+            compile_it: the frozen layers; None: where that pays.
+        """
+        self.model, self.spec, self.config = model, spec, config
+        self.identity = config.fingerprint() | dict(inputs or {})
+        self.step = 0
+        self.parameters = list(model.multi_modal_projector.parameters())
+        self.device = self.parameters[0].device
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay
+        )
+        fp8 = config.frozen_precision == "fp8"
+        self.packed = PackedModel(model, spec, config.max_tokens, fp8=fp8, compile_it=compile_it)
+        gpu = self.device.type == "cuda"
+        self._copies = torch.cuda.Stream(self.device) if gpu else None  # type: ignore[no-untyped-call]
+        self.state: dict[str, Any] = {
+            "position": None,
+            "counts": asdict(Counts()),
+            "micro_tokens": config.micro_tokens or self._fitting_tokens(),
+            "skipped": 0,
+            "skipped_in_row": 0,
+            "evaluated": None,  # the step of the last evaluation
+            "best": None,  # [eval loss, step]
+        }
+
+    @property
+    def dtype(self) -> str:
+        """The frozen parts' dtype, in which everything is computed."""
+        return str(self.model.language_model.dtype).removeprefix("torch.")
+
+    @property
+    def evaluation_due(self) -> bool:
+        return self.step in self.config.eval_steps and self.state["evaluated"] != self.step
+
+    @property
+    def best_step(self) -> int | None:
+        return self.state["best"][1] if self.state["best"] else None
+
+    def _fitting_tokens(self) -> int:
+        """Tokens of a micro-batch that fit the memory: measured on a made-up one, which also compiles what there is to."""
+        if self.device.type != "cuda":
+            return CPU_MICRO_TOKENS
+        batch = self.pack([_made_up_example(self.spec, self.model.config.image_token_id, self.config.max_tokens)] * 4)
+        batch = batch.to(self.device)
+        self.packed.loss(batch).backward()  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self.packed.loss(batch).backward()  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize(self.device)
+        a_token = (torch.cuda.max_memory_allocated(self.device) - before) / len(batch.input_ids)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        unified = getattr(torch.cuda.get_device_properties(self.device), "is_integrated", False)
+        tokens = int(free * (UNIFIED_MEMORY_SHARE if unified else MEMORY_SHARE) / a_token)
+        logger.info("a token takes %.1f MB of %.1f GB free: micro-batches of %d tokens", a_token / 1e6, free / 1e9, tokens)
+        if tokens < self.config.max_tokens:
+            raise RunError(
+                f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free, which fits {tokens} tokens; the longest may have "
+                f"{self.config.max_tokens}: lower --max-tokens, free memory, or set --micro-tokens yourself"
+            )
+        return tokens
+
+    def pack(self, examples: Sequence[Example]) -> PackedBatch:
+        return pack(
+            examples,
+            image_token_id=self.model.config.image_token_id,
+            merge_size=self.spec.merge_size,
+            pad_to=self.packed.pad_to,
+        )
+
+    def load(self, work: Step) -> LoadedStep:
+        """Packs a step's micro-batches and sends them to the device, beside what it is doing."""
+        batches = [self.pack(examples) for examples in work.micro_batches]
+        if self._copies is None:
+            return LoadedStep(work, batches, None)
+        with torch.cuda.stream(self._copies):
+            return LoadedStep(work, [b.to(self.device) for b in batches], self._copies.record_event())
+
+    def launch(self, loaded: LoadedStep | None, stopping: Callable[[], bool] = never) -> LaunchedStep:
+        """Queues forward, backward and all-reduce of this rank's share of a step; a GPU is not waited for.
+
+        Every rank launches every step: one without a share, or told to stop before its share is computed, abandons it
+        for all.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        stream = torch.cuda.current_stream(self.device) if self._copies is not None else None
+        if stream is not None and loaded is not None and loaded.ready is not None:
+            stream.wait_event(loaded.ready)
+            for batch in loaded.batches:
+                batch.record_stream(stream)
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        abandoned = loaded is None
+        for batch in loaded.batches if loaded else ():
+            abandoned = stopping()
+            if abandoned or not loaded:
+                break
+            part = self.packed.loss(batch) / loaded.work.n_targets
+            if part.requires_grad:  # not where no sample of the micro-batch has an image
+                part.backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+        loss, flag = self._sum_over_ranks(loss, abandoned)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm or math.inf)
+        numbers = torch.stack((loss, norm.to(loss.device), flag))
+        return LaunchedStep(loaded.work if loaded else None, numbers, stream.record_event() if stream is not None else None)
+
+    def conclude(self, launched: LaunchedStep) -> dict[str, float] | None:
+        """Waits for a step and updates the projector; returns loss (over the whole step), lr and grad_norm.
+
+        A non-finite loss or gradient updates nothing; `MAX_SKIPPED_STEPS` in a row stop the run.
+
+        Returns:
+            None: the step was abandoned by every rank and nothing has changed.
+        """
+        work, rate = launched.work, learning_rate(self.config, self.step)
+        loss, norm, abandoned = launched.numbers.tolist()
+        if abandoned > 0 or work is None:
+            return None
+        if math.isfinite(loss) and math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.state["skipped_in_row"] = 0
+        else:
+            self._skip(work, loss)
+            norm = math.nan
+        self.step += 1
+        self.state |= {"position": dict(work.position), "counts": dict(work.counts)}
+        return {"loss": loss, "lr": rate, "grad_norm": norm}
+
+    def train_step(self, work: Step | None, stopping: Callable[[], bool] = never) -> dict[str, float] | None:
+        """One update from this rank's share: load, launch and conclude."""
+        return self.conclude(self.launch(self.load(work) if work else None, stopping))
+
+    def _sum_over_ranks(self, loss: torch.Tensor, abandoned: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums the gradients in one all-reduce, and with them the loss and whether a rank abandons the step.
+
+        Every rank's share of the loss is already weighted.
+        """
+        flag = torch.full_like(loss, float(abandoned))
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return loss, flag
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        flat = torch.cat([flag[None], loss[None], *(g.flatten() for g in gradients)])
+        dist.all_reduce(flat)
+        at = 2
+        for parameter in self.parameters:
+            parameter.grad = flat[at : at + parameter.numel()].view_as(parameter)
+            at += parameter.numel()
+        return flat[1], flat[0]
+
+    def _skip(self, work: Step, loss: float) -> None:
+        self.state["skipped"] += 1
+        self.state["skipped_in_row"] += 1
+        samples = ", ".join(work.uids)
+        logger.warning("step %d: loss %s or its gradient is not finite; skipped, samples %s", self.step, loss, samples)
+        if self.state["skipped_in_row"] >= MAX_SKIPPED_STEPS:
+            raise RunError(
+                f"{MAX_SKIPPED_STEPS} steps in a row gave a non-finite loss or gradient, the last at step {self.step} with "
+                f"the samples {samples}; look at them, or lower the learning rate ({self.config.learning_rate})"
+            )
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Example], stopping: Callable[[], bool] = never) -> float | None:
+        """Mean loss a supervised token over all ranks' examples; this rank computes those it was given.
+
+        Returns:
+            None: it was abandoned by every rank, because some rank was told to stop.
+        """
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        lengths = [e.n_tokens for e in examples]
+        for group in split_by_tokens(lengths, math.ceil(sum(lengths) / self.state["micro_tokens"])):
+            if stopping():
+                sums[2] = 1
+                break
+            batch = self.pack([examples[i] for i in group]).to(self.device)
+            sums[0] += self.packed.loss(batch)
+            sums[1] += batch.n_targets
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        if sums[2] > 0:
+            return None
+        loss = float(sums[0] / sums[1])
+        self.state["evaluated"] = self.step
+        if not self.state["best"] or loss < self.state["best"][0]:
+            self.state["best"] = [loss, self.step]
+        return loss
+
+    def checkpoint(self) -> Checkpoint:
+        """A copy on the CPU, safe to write while training goes on."""
+        moments: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.multi_modal_projector.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                moments[f"{name}.{key}"] = value.detach().cpu().clone()
+        projector = {k: v.detach().cpu().clone() for k, v in self.model.multi_modal_projector.state_dict().items()}
+        bits = {"threads": torch.get_num_threads(), "dtype": self.dtype, "compiled": self.packed.compile_it}
+        bits |= {"run": self.identity}
+        return Checkpoint(self.step, {"projector": projector, "optimizer": moments}, {**self.state, **bits}, {})
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes up where a checkpoint was made, with what decides bits as it was then.
+
+        Raises:
+            RunError: it is of another run, of other inputs, or began in another dtype than this model is held in.
+        """
+        if found := differences(checkpoint.state["run"], self.identity):
+            raise RunError(f"the checkpoint {checkpoint.name} is of another run ({found}); give what it began with")
+        if checkpoint.state["dtype"] != self.dtype:
+            raise RunError(
+                f"the run computes in {checkpoint.state['dtype']} since its start, this machine would go on in "
+                f"{self.dtype}; give --dtype {checkpoint.state['dtype']}"
+            )
+        self.model.multi_modal_projector.load_state_dict(checkpoint.tensors["projector"])
+        for name, parameter in self.model.multi_modal_projector.named_parameters():
+            prefix = f"{name}."
+            moments = {k.removeprefix(prefix): v for k, v in checkpoint.tensors["optimizer"].items() if k.startswith(prefix)}
+            # "step" is a CPU scalar wherever the parameter lives
+            self.optimizer.state[parameter] = {k: v if k == "step" else v.to(self.device) for k, v in moments.items()}
+        self.step = checkpoint.step
+        self.state = {k: checkpoint.state[k] for k in self.state}
+        self.state["micro_tokens"] = self.config.micro_tokens or self.state["micro_tokens"]
+        self.packed.compile_it = checkpoint.state["compiled"]
+        torch.set_num_threads(checkpoint.state["threads"])
+
+
+def _made_up_example(spec: ImageSpec, image_token_id: int, max_tokens: int) -> Example:
+    """An image of the largest size that leaves room, and as much text again, half of it supervised."""
+    side = min(math.isqrt(spec.max_pixels) // spec.factor, math.isqrt(max_tokens // 2)) * spec.merge_size
+    n_image = spec.tokens((side, side))
+    n_text = max(2, min(n_image, max_tokens - n_image))
+    ids = np.array([image_token_id] * n_image + [1] * n_text, np.int32)
+    patches = np.random.default_rng(0).integers(0, 256, (side * side, spec.patch_bytes), dtype=np.uint8)
+    return Example("made-up", ids, len(ids) - max(1, n_text // 2), patches, (side, side))
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """Where two runs differ, as part of a sentence; empty where they do not."""
+    ours = json.loads(json.dumps(ours))
+    return "; ".join(f"{k} was {theirs.get(k)!r}, now {ours[k]!r}" for k in ours if theirs.get(k) != ours[k])
+
+
+def run(
+    alignment: Alignment,
+    feed: Feed,
+    held_out: Callable[[], Sequence[Example]],
+    *,
+    on_record: Callable[[dict[str, Any]], None],
+    save: Callable[[Checkpoint], None],
+    stopping: Callable[[], bool] = never,
+) -> Iterator[int]:
+    """Trains to the last step; yields the step after each, so that a caller may look in or stop.
+
+    Args:
+        held_out: gives this rank's share of the samples to evaluate on.
+        on_record: takes each step's record: step, loss, lr, grad_norm, eval_loss, rates (per second), data_wait (share).
+        save: takes checkpoints: at `save_steps`, at the best evaluation so far, and at the end, whatever ends the run.
+        stopping: whether to end now. It is asked between micro-batches; an unfinished step or evaluation is abandoned
+            by all ranks as soon as one is told.
+
+    Raises:
+        DataEnded: the data gave out; what was quarantined since the last step is recorded.
+    """
+    config = alignment.config
+    saved = alignment.step
+    ended = None
+    if alignment.evaluation_due and (eval_loss := alignment.evaluate(held_out(), stopping)) is not None:
+        on_record({"step": alignment.step, "eval_loss": eval_loss})
+    loaded, started = None, time.perf_counter()
+
+    def fetch() -> float:
+        """Loads the next step, if there is one; returns the seconds that took."""
+        nonlocal loaded, ended
+        asked = time.perf_counter()
+        loaded = None
+        try:
+            work = feed.next(stopping)
+            loaded = alignment.load(work) if work else None
+        except DataEnded as error:
+            ended = error
+        return time.perf_counter() - asked
+
+    waited = fetch() if alignment.step < config.steps else 0.0
+    while alignment.step < config.steps:
+        launched = alignment.launch(loaded, stopping)
+        work = launched.work
+        if work and alignment.step + 1 < config.steps:  # the next step comes while the device works on this one
+            waited += fetch() * launched.is_done()
+        trained = alignment.conclude(launched)
+        if trained is None or work is None:
+            break
+        record = _record(alignment, work, trained, waited, time.perf_counter() - started)
+        if alignment.evaluation_due and (eval_loss := alignment.evaluate(held_out(), stopping)) is not None:
+            record["eval_loss"] = eval_loss
+        on_record(record)
+        if alignment.step % config.save_steps == 0 or alignment.step in (config.steps, alignment.best_step):
+            save(alignment.checkpoint())
+            saved = alignment.step
+        yield alignment.step
+        started, waited = time.perf_counter(), 0.0
+    if alignment.step > saved:
+        save(alignment.checkpoint())
+    if ended:
+        on_record(_last_record(alignment, ended))
+        raise ended
+
+
+def _record(alignment: Alignment, work: Step, trained: Mapping[str, float], waited: float, seconds: float) -> dict[str, Any]:
+    """Of a step that took `seconds`, `waited` of them for data."""
+    tokens = sum(e.n_tokens for examples in work.micro_batches for e in examples)
+    record: dict[str, Any] = {**trained, "samples_per_s": len(work.uids) / seconds, "tokens_per_s": tokens / seconds}
+    record |= {"data_wait": waited / seconds, "step": alignment.step, "skipped": alignment.state["skipped"], **work.counts}
+    return record | ({"quarantined_now": list(work.quarantined)} if work.quarantined else {})
+
+
+def _last_record(alignment: Alignment, ended: DataEnded) -> dict[str, Any]:
+    """Of the step that was never filled: what was passed over for it counts, what waited in it was not used."""
+    counts = Counts(**alignment.state["counts"])
+    bad = len(ended.quarantined)
+    counts = replace(counts, seen=counts.seen + bad, quarantined=counts.quarantined + bad)
+    quarantined = list(ended.quarantined)
+    return {"step": alignment.step + 1, "ended": str(ended), **asdict(counts), "quarantined_now": quarantined}
+
+
+def set_threads(threads: int, workers: int) -> int:
+    """Fixes the CPU threads of this process, which decide bits; 0 takes the cores over the workers on this machine."""
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // workers))
+    return torch.get_num_threads()

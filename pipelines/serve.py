@@ -1,0 +1,744 @@
+"""Serving: three Ray Serve deployments behind OpenAI's chat protocol.
+
+    client ─► front ─► Api (checks, fetches, formats) ─► Decoder (an engine) ─► deltas back
+                            └─► VisionEncoder (tower, projector, cache) ─┘ embeddings, by reference
+
+`Api` never holds an embedding: the encoder answers with a reference, which it hands to the decoder. Requests without an
+image never touch the encoder. With `colocate` the decoder's process encodes too, and there is no second deployment.
+
+Knows nothing of pixels, prompts or sampling: see `artemis_vlm`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import math
+import signal
+import threading
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import ray
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from ray import ObjectRef, serve
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.util import metrics
+
+from artemis_vlm import chat, engines
+from artemis_vlm.engines import DecoderEngine, EngineConfig, EngineStats, ImageEmbedding, ImageEncoder, SamplingParams
+from artemis_vlm.errors import RunError, SampleError
+from artemis_vlm.frozen import compute_dtype
+from artemis_vlm.graft import load_config, load_tokenizer
+from artemis_vlm.image import Patches, decode_image, patchify
+from pipelines import openai
+from pipelines.fetch import FetchConfig, Fetcher
+from pipelines.front import Front, FrontConfig, Refusal
+from pipelines.guard import Guard, Keys, error_response, is_loopback
+from pipelines.local import free_ports, join_or_start
+from pipelines.openai import AnswerFormat, AnswerParser, ApiError, ChatRequest, Piece, Usage
+from pipelines.storage import fetch_model
+
+logger = logging.getLogger("ray.serve")
+T = TypeVar("T")
+
+APP: Final = "a3"
+API_CPUS: Final = 0.1
+#: A rolling update starts a new replica before it ends an old one; if the new one fails, the old ones go on.
+SURGE_PERCENT: Final = 25
+PAGE: Final = Path(__file__).with_name("page.html")
+#: How Ray Serve runs the replicas: one event loop for requests, calls and Serve itself, since nothing here blocks it; logs
+#: in files alone, written when there are many. Half the time of a request that computes nothing.
+REPLICA_ENV: Final = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+}
+#: Seconds between looks at which stages are up.
+WATCH_S: Final = 0.25
+SECONDS: Final = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
+#: What a call raises when the replica behind it has gone.
+GONE: Final = (ActorDiedError, ActorUnavailableError, RayActorError, ObjectLostError)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Replicas of a stage and what each holds."""
+
+    min_replicas: int = 1
+    max_replicas: int = 1
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    resources: dict[str, float] = field(default_factory=dict)
+    #: Requests in a replica above which another is started.
+    target_ongoing: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise RunError(f"replicas are {self.min_replicas} to {self.max_replicas}; expected 1 or more, in order")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """A server. Every field is a flag of `jobs/serve.py` and a key of `jobs/serve.yaml`."""
+
+    model: str
+    """A3 folder, s3:// URI or hub id."""
+    name: str = ""
+    """What clients call the model; its folder's name unless given."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key_hashes: tuple[str, ...] = ()
+    """sha256 of each API key, in hex. Without one, only a loopback address may be bound."""
+    dtype: str = "auto"
+    """Of all computing; auto is bfloat16 where the device computes in it, else float32."""
+    device: str = "cpu"
+    colocate: bool = False
+    """Encoder and decoder in one process."""
+    text_thinking: bool | None = None
+    """Whether text turns think unless the request says; None leaves it to the chat template."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    encoder_stage: Stage = field(default_factory=Stage)
+    decoder_stage: Stage = field(default_factory=Stage)
+    api_replicas: int = 1
+    cache_bytes: int = engines.encoder.CACHE_BYTES
+    """Of embeddings, in each encoder."""
+    fetch: FetchConfig = field(default_factory=FetchConfig)
+    max_requests: int = 64
+    """In each Api replica at once; more are answered with 429."""
+    max_body_bytes: int = 28 * 1024**2
+    body_timeout_s: float = 30.0
+    deadline_s: float = 120.0
+    """For a whole request."""
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise RunError(f"dtype is {self.dtype}; expected auto or one of torch's, such as float32")
+        if any(len(h) != 64 or set(h) - set("0123456789abcdef") for h in self.key_hashes):
+            raise RunError("key_hashes must be sha256 sums in hex: printf %s KEY | sha256sum")
+        if not self.key_hashes and not is_loopback(self.host):
+            raise RunError(f"host is {self.host}, which others can reach; give key_hashes or bind 127.0.0.1")
+
+    @property
+    def model_name(self) -> str:
+        return self.name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return compute_dtype(self.device) if self.dtype == "auto" else getattr(torch, self.dtype)
+
+    @property
+    def logical_cpus(self) -> int:
+        """What all replicas ask for, and as much again for a rolling update."""
+        stages = [self.decoder_stage] + ([] if self.colocate else [self.encoder_stage])
+        return 2 * math.ceil(API_CPUS * self.api_replicas + sum(s.max_replicas * s.num_cpus for s in stages))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the decoder is asked: a conversation without image data, and how to answer."""
+
+    id: str
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    thinking: bool | None
+    limit: int | None
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """What an answer gained; the last has a finish reason."""
+
+    pieces: tuple[Piece, ...]
+    usage: Usage
+    finish_reason: str | None = None
+
+
+# --- the stages ------------------------------------------------------------------------------------------------------
+
+
+class Eyes:
+    """Image files to embeddings, for many requests at once: what came in while the tower was busy goes in one call."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        folder = fetch_model(config.model).path
+        self.encoder = ImageEncoder.load(folder, config.torch_dtype, config.device, config.cache_bytes)
+        self.calls = 0
+        self.seconds = metrics.Histogram("a3_encode_seconds", "From image file to embedding.", SECONDS)
+        self.batch = metrics.Histogram("a3_encode_batch", "Images in one call of the tower.", [1, 2, 4, 8, 16])
+        self.hits = metrics.Counter("a3_encoder_cache_hits", "Images found in the cache.")
+        self.misses = metrics.Counter("a3_encoder_cache_misses", "Images that had to be encoded.")
+
+    async def embed(self, data: bytes) -> ImageEmbedding:
+        """Raises SampleError on what is no image; its size is checked before it is decoded."""
+        started = time.perf_counter()
+        key = engines.image_key(data)
+        found = self.encoder.cache.get(key)
+        (self.misses if found is None else self.hits).inc()
+        if found is None:
+            patches = await asyncio.to_thread(self._cut, data)
+            found = await self._tower((key, patches))
+        self.seconds.observe(time.perf_counter() - started)
+        return found
+
+    def _cut(self, data: bytes) -> Patches:
+        return patchify(decode_image(data), self.encoder.spec)
+
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
+    async def _tower(self, images: list[tuple[str, Patches]]) -> list[ImageEmbedding]:
+        self.calls += 1
+        self.batch.observe(len(images))
+        return await asyncio.to_thread(self.encoder.encode, images)
+
+
+@serve.deployment
+class VisionEncoder:
+    """Tower and projector. A process of its own, so hostile images meet neither the Api nor the decoder."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.eyes = Eyes(config)
+
+    async def encode(self, data: bytes) -> list[ObjectRef[ImageEmbedding]]:
+        """Where the embedding lies. In a list: a bare reference would be read on the way."""
+        return [ray.put(await self.eyes.embed(data))]
+
+    def calls(self) -> int:
+        """How often the tower has run."""
+        return self.eyes.calls
+
+
+@serve.deployment
+class Decoder:
+    """An engine, and the prompt path."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        folder = fetch_model(config.model).path
+        self.config = config
+        self.tokenizer = load_tokenizer(folder)
+        self.model_config = load_config(folder)
+        added = self.tokenizer.get_added_vocab()
+        self.think_tokens = added.get("<think>", -1), added.get("</think>", -1)
+        self.eyes = Eyes(config) if config.colocate else None
+        self.engine: DecoderEngine = engines.TransformersEngine.load(
+            folder, config.engine, config.torch_dtype, config.device
+        )
+        self.gauges = {
+            name: metrics.Gauge(f"a3_engine_{name}", text)
+            for name, text in (
+                ("running", "Requests in the batch."),
+                ("waiting", "Requests that wait for a slot."),
+                ("kv_tokens", "Tokens in the KV cache."),
+                ("steps", "Steps since the start."),
+                ("prompt_tokens", "Prompt tokens since the start."),
+                ("generated_tokens", "New tokens since the start."),
+                ("busy_s", "Seconds computing since the start."),
+            )
+        }
+
+    def check_health(self) -> None:
+        self.engine.check()
+        self._observe()
+
+    def _observe(self) -> None:
+        stats = self.engine.stats()
+        for name, gauge in self.gauges.items():
+            gauge.set(getattr(stats, name))
+
+    def stats(self) -> EngineStats:
+        return self.engine.stats()
+
+    async def generate(self, job: Job, *images: ImageEmbedding | bytes) -> AsyncIterator[Grown]:
+        """The answer as it grows.
+
+        Args:
+            images: embeddings, or where the stages share a process, image files.
+
+        Raises:
+            SampleError: the conversation cannot be answered as it is.
+        """
+        embedded = [image if isinstance(image, ImageEmbedding) else await self._embed(image) for image in images]
+        request, thinks = await asyncio.to_thread(self._request, job, tuple(embedded))
+        parser = AnswerParser("reasoning" if thinks else "content")
+        plain = request.sampling.skip_special_tokens
+        count = 0
+        async for delta in self.engine.generate(request):
+            count += len(delta.token_ids)
+            last = delta.finish_reason is not None
+            spelled = [Piece("content", delta.text)] if delta.text else []
+            pieces = spelled if plain else list(parser.feed(delta.text, last))
+            if pieces or last:
+                yield Grown(tuple(pieces), Usage(len(request.prompt_ids), count), delta.finish_reason)
+        self._observe()
+
+    async def complete(self, job: Job, *images: ImageEmbedding | bytes) -> Grown:
+        """The whole answer."""
+        pieces: list[Piece] = []
+        async for grown in self.generate(job, *images):
+            pieces += grown.pieces
+        return dataclasses.replace(grown, pieces=tuple(pieces))
+
+    async def _embed(self, image: bytes) -> ImageEmbedding:
+        assert self.eyes is not None
+        return await self.eyes.embed(image)
+
+    def _request(self, job: Job, images: tuple[ImageEmbedding, ...]) -> tuple[engines.Request, bool]:
+        """The engine's request, and whether the prompt left a thought open."""
+        thinking = job.thinking
+        if thinking is None:
+            thinking = chat.image_thinking(bool(images), self.model_config.image_turn_thinking)
+        if thinking is None and not images:
+            thinking = self.config.text_thinking
+        ids = chat.encode_prompt(
+            self.tokenizer,
+            job.messages,
+            image_tokens=[len(image.embeds) for image in images],
+            enable_thinking=thinking,
+            tools=job.tools,
+            max_images_per_turn=self.model_config.max_images_per_turn,
+        )
+        thinks = self._thought_is_open(ids)
+        sampling = SamplingParams(
+            max_tokens=job.limit or max(1, self.engine.max_length - len(ids)),
+            temperature=job.temperature,
+            top_p=job.top_p,
+            seed=job.seed,
+            stop=job.stop,
+            skip_special_tokens=not (thinks or job.tools),
+        )
+        return engines.Request(job.id, tuple(ids), sampling, images), thinks
+
+    def _thought_is_open(self, ids: list[int]) -> bool:
+        marks = [token for token in ids[-16:] if token in self.think_tokens]
+        return bool(marks) and marks[-1] == self.think_tokens[0]
+
+
+# --- the front -------------------------------------------------------------------------------------------------------
+
+
+@serve.deployment
+@serve.ingress()
+class Api:
+    """HTTP in, HTTP out. Holds no weights and no pixels."""
+
+    def __init__(self, config: ServeConfig, decoder: Any, encoder: Any = None) -> None:
+        self.config, self.decoder, self.encoder = config, decoder, encoder
+        self.fetcher = Fetcher(config.fetch)
+        self.started = int(time.time())
+        self.running = 0
+        #: Replicas that run, by deployment; empty until the first look.
+        self.stages: dict[str, int] = {}
+        self.watcher: asyncio.Task[None] | None = None
+        self.requests = metrics.Counter("a3_requests", "Requests by status.", ("status",))
+        self.seconds = metrics.Histogram("a3_request_seconds", "From request to the end of its answer.", SECONDS)
+        self.first_token = metrics.Histogram("a3_first_token_seconds", "From request to the first text.", SECONDS)
+        self.in_flight = metrics.Gauge("a3_requests_running", "Requests that run or wait in this Api.")
+
+    def __serve_build_asgi_app__(self) -> Any:
+        # Plain routes: Serve ships this class without the names that only its annotations use, which FastAPI would read.
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        app.add_route("/", self.page, methods=["GET"])
+        app.add_route("/health", self.health, methods=["GET"])
+        app.add_route("/ready", self.ready, methods=["GET"])
+        app.add_route("/v1/models", self.models, methods=["GET"])
+        app.add_route("/v1/models/{name:path}", self.model, methods=["GET"])
+        app.add_route("/v1/chat/completions", self.chat, methods=["POST"])
+        app.add_exception_handler(ApiError, lambda _, error: error_response(error))
+        app.add_exception_handler(404, lambda *_: error_response(ApiError(404, "there is nothing at this path")))
+        app.add_exception_handler(405, lambda *_: error_response(ApiError(405, "this path has another method")))
+        return Guard(app, Keys(self.config.key_hashes), self.config.max_body_bytes, self.config.body_timeout_s)
+
+    async def page(self, _: Request) -> Response:
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+        policy += "img-src blob: data:"
+        text = PAGE.read_text().replace("{{MODEL}}", _html(self.config.model_name))
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
+
+    async def health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """200 when every stage has a replica; says which has not."""
+        await self._watch()
+        missing = [stage for stage in self._needed() if not self.stages.get(stage)]
+        return JSONResponse({"ready": not missing, "missing": missing}, 503 if missing else 200)
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model_card()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model_card())
+
+    async def chat(self, request: Request) -> Response:
+        started = time.perf_counter()
+        if self.watcher is None:
+            self.watcher = asyncio.create_task(self._keep_watch())
+        # Also keeps other sites' pages out, whose forms cannot send this type unasked.
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            raise ApiError(400, "the Content-Type must be application/json")
+        asked = openai.parse_chat(await request.body())
+        self._check_model(asked.model)
+        answer = AnswerFormat(f"chatcmpl-{uuid.uuid4().hex}", self.config.model_name)
+        if not asked.stream:
+            with self._turn(started):
+                grown = await self._guarded(self._complete(asked, answer.id), asked, started)
+            reason = grown.finish_reason or "stop"
+            return JSONResponse(answer.whole(grown.pieces, reason, grown.usage))
+        stream = self._stream(asked, answer, started)
+        first = await anext(stream)  # what fails before the first text has a status of its own
+        return StreamingResponse(
+            _chained(first, stream), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+
+    async def _stream(self, asked: ChatRequest, answer: AnswerFormat, started: float) -> AsyncGenerator[str, None]:
+        with self._turn(started):
+            source = self._grow(asked, answer.id, started)
+            shown = False
+            try:
+                async for grown in source:
+                    text = "" if shown else answer.first()
+                    if not shown:
+                        self.first_token.observe(time.perf_counter() - started)
+                    text += "".join(map(answer.piece, grown.pieces))
+                    if grown.finish_reason is not None:
+                        text += answer.last(grown.finish_reason)
+                        if asked.stream_options and asked.stream_options.include_usage:
+                            text += answer.usage(grown.usage)
+                        text += openai.DONE
+                    shown = True
+                    yield text
+            except ApiError as error:
+                if not shown:
+                    raise
+                # The status is out already: an event says that the answer is not whole, and no [DONE] follows.
+                yield openai.event(error.body())
+            finally:
+                await source.aclose()
+
+    async def _grow(self, asked: ChatRequest, answer_id: str, started: float) -> AsyncGenerator[Grown, None]:
+        """The decoder's stream, started anew once if its replica goes before the first text."""
+        for attempt in (1, 2):
+            calls: list[Any] = []
+            shown = ended = False
+            try:
+                stream = await self._guarded(self._start(asked, answer_id, calls, stream=True), asked, started)
+                while not ended:
+                    grown = await self._guarded(anext(stream), asked, started)
+                    ended = grown.finish_reason is not None
+                    yield grown
+                    shown = True
+                return
+            except ApiError as error:
+                if shown or attempt == 2 or error.code != "replica_gone":
+                    raise
+            finally:
+                if not ended:
+                    _cancel(calls)
+
+    async def _complete(self, asked: ChatRequest, answer_id: str) -> Grown:
+        """The decoder's whole answer, asked for anew once if a replica goes."""
+        for attempt in (1, 2):
+            calls: list[Any] = []
+            done = False
+            try:
+                response = await self._start(asked, answer_id, calls, stream=False)
+                grown: Grown = await response
+                done = True
+                return grown
+            except (*GONE, RayTaskError) as error:
+                if attempt == 2 or not isinstance(_cause(error), GONE):
+                    raise
+                logger.warning("a replica went while %s ran; trying once more", answer_id)
+            finally:
+                if not done:
+                    _cancel(calls)
+        raise AssertionError("unreachable")
+
+    async def _start(self, asked: ChatRequest, answer_id: str, calls: list[Any], stream: bool) -> Any:
+        """Sends a request to both stages; every call made is put in `calls`."""
+        images: list[Any] = [await self._image(url) for url in asked.image_urls()]
+        if images and self.encoder is not None:
+            calls += [self.encoder.encode.remote(data) for data in images]
+            # The decoder is asked when the embeddings are there, so that its load counts no request that waits for them.
+            images = [ref for [ref] in await asyncio.gather(*calls)]
+        job = job_of(asked, answer_id)
+        if stream:
+            response = self.decoder.options(stream=True).generate.remote(job, *images)
+        else:
+            response = self.decoder.complete.remote(job, *images)
+        calls.append(response)
+        return response
+
+    async def _image(self, url: str) -> bytes:
+        if url[:5].lower() == "data:":
+            return await asyncio.to_thread(openai.image_of_data_uri, url)
+        return await self.fetcher.fetch(url)
+
+    async def _guarded(self, work: Any, asked: ChatRequest, started: float) -> Any:
+        """Awaits within the request's deadline and while there is an encoder for its images; errors as the client's."""
+        task = asyncio.ensure_future(work)
+        images = bool(self.encoder is not None and asked.image_urls())
+        try:
+            while not task.done():
+                if images and self.stages.get("VisionEncoder") == 0:
+                    raise ApiError(
+                        503, "no vision encoder is running; text alone still works", code="unavailable", retry_after=5
+                    )
+                left = self.config.deadline_s - (time.perf_counter() - started)
+                if left <= 0:
+                    raise ApiError(504, f"the answer was not complete within {self.config.deadline_s:g} s", code="timeout")
+                await asyncio.wait([task], timeout=min(left, WATCH_S))
+            return task.result()
+        except ApiError:
+            raise
+        except StopAsyncIteration:
+            raise ApiError(503, "the answer broke off", code="replica_gone", retry_after=1) from None
+        except Exception as error:
+            raise api_error(error) from error
+        finally:
+            if not task.done():
+                task.cancel()
+
+    @contextmanager
+    def _turn(self, started: float) -> Iterator[None]:
+        """One of the requests that may run at once."""
+        if self.running >= self.config.max_requests:
+            self.requests.inc(tags={"status": "429"})
+            raise ApiError(429, "the server is at its limit of requests; try again in a moment", retry_after=1)
+        self.running += 1
+        self.in_flight.set(self.running)
+        status = "499"  # the client left
+        try:
+            yield
+            status = "200"
+        except ApiError as error:
+            status = str(error.status)
+            raise
+        finally:
+            self.running -= 1
+            self.in_flight.set(self.running)
+            self.requests.inc(tags={"status": status})
+            self.seconds.observe(time.perf_counter() - started)
+
+    async def _keep_watch(self) -> None:
+        while True:
+            try:
+                await self._watch()
+            except Exception:
+                logger.exception("could not ask which stages are up")
+            await asyncio.sleep(WATCH_S)
+
+    async def _watch(self) -> None:
+        status = await asyncio.to_thread(serve.status)
+        application = status.applications.get(serve.get_replica_context().app_name)
+        deployments = application.deployments if application else {}
+        self.stages = {name: d.replica_states.get("RUNNING", 0) for name, d in deployments.items()}
+
+    def _needed(self) -> list[str]:
+        return ["Decoder"] + ([] if self.encoder is None else ["VisionEncoder"])
+
+    def _check_model(self, name: str) -> None:
+        if name != self.config.model_name:
+            message = f"this server has no model {name[:80]!r}; it has {self.config.model_name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+
+    def _model_card(self) -> dict[str, Any]:
+        return {"id": self.config.model_name, "object": "model", "created": self.started, "owned_by": "artemis-vlm"}
+
+
+def api_error(error: BaseException) -> ApiError:
+    """An error of the stages or on the way to them, as the client sees it."""
+    cause = _cause(error)
+    if isinstance(cause, SampleError):
+        return ApiError(400, str(cause))
+    if isinstance(cause, BackPressureError):
+        return ApiError(429, "the server is at its limit of requests; try again in a moment", retry_after=1)
+    if isinstance(cause, GONE):
+        return ApiError(503, "a part of the server went away while it answered", code="replica_gone", retry_after=1)
+    if isinstance(cause, (DeploymentUnavailableError, RunError)):
+        return ApiError(503, "a part of the server is not available", code="unavailable", retry_after=1)
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed; its log says why")
+
+
+def _cause(error: BaseException) -> BaseException:
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
+def job_of(asked: ChatRequest, answer_id: str) -> Job:
+    return Job(
+        id=answer_id,
+        messages=asked.plain_messages(),
+        tools=asked.plain_tools(),
+        thinking=asked.thinking,
+        limit=asked.limit,
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_p=1.0 if asked.top_p is None else asked.top_p,
+        seed=asked.seed,
+        stop=asked.stops,
+    )
+
+
+async def _chained(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    try:
+        yield first
+        async for text in rest:
+            yield text
+    finally:
+        await rest.aclose()
+
+
+def _cancel(calls: list[Any]) -> None:
+    for call in calls:
+        try:
+            call.cancel()
+        except (RayError, RayServeException) as error:
+            # Of a call that has failed, Ray raises the failure here too; who awaited it has been told already.
+            logger.debug("a call had ended before it was cancelled: %s", type(error).__name__)
+
+
+def _html(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+
+
+# --- putting it together ---------------------------------------------------------------------------------------------
+
+
+def build_app(config: ServeConfig) -> Any:
+    """The Serve application: two deployments and the front, or one and the front.
+
+    Raises:
+        CheckpointError: no such model; a server that runs stays as it is.
+    """
+    load_config(fetch_model(config.model).path)
+    decoder = _sized(Decoder, config, config.decoder_stage).bind(config)
+    stages = [decoder] if config.colocate else [decoder, _sized(VisionEncoder, config, config.encoder_stage).bind(config)]
+    front_end: Any = Api
+    front = front_end.options(
+        num_replicas=config.api_replicas,
+        max_ongoing_requests=4 * config.max_requests,  # above what the Api refuses by itself, so that it does the refusing
+        graceful_shutdown_timeout_s=config.deadline_s,
+        max_surge_percent=SURGE_PERCENT,
+        ray_actor_options={"num_cpus": API_CPUS, "runtime_env": {"env_vars": REPLICA_ENV}},
+    )
+    return front.bind(config, *stages)
+
+
+def build(arguments: dict[str, Any]) -> Any:
+    """For `serve run` and `serve deploy`: `build_app` from the keys of a YAML file."""
+    nested = {"engine": EngineConfig, "encoder_stage": Stage, "decoder_stage": Stage, "fetch": FetchConfig}
+    fields: dict[str, Any] = dict(arguments)
+    for key in nested.keys() & fields.keys():
+        fields[key] = nested[key](**fields[key])
+    fields["key_hashes"] = tuple(fields.get("key_hashes", ()))
+    return build_app(ServeConfig(**fields))
+
+
+def _sized(deployment: Any, config: ServeConfig, stage: Stage) -> Any:
+    scaling = {
+        "min_replicas": stage.min_replicas,
+        "max_replicas": stage.max_replicas,
+        "target_ongoing_requests": stage.target_ongoing,
+        "upscale_delay_s": 2.0,
+        "downscale_delay_s": 30.0,
+        "look_back_period_s": 15.0,  # replicas report every 10 s
+    }
+    return deployment.options(
+        autoscaling_config=scaling,
+        max_ongoing_requests=config.max_requests,
+        max_queued_requests=config.max_requests,
+        health_check_period_s=0.5,
+        max_surge_percent=SURGE_PERCENT,
+        graceful_shutdown_timeout_s=config.deadline_s,
+        ray_actor_options={
+            "num_cpus": stage.num_cpus,
+            "num_gpus": stage.num_gpus,
+            "resources": stage.resources,
+            "runtime_env": {"env_vars": REPLICA_ENV},
+        },
+    )
+
+
+class Server:
+    """A running server: the Serve application on a loopback port, and the front that others reach, in a thread here."""
+
+    def __init__(self, config: ServeConfig, application: Any = None) -> None:
+        """Returns when it answers.
+
+        Args:
+            application: in place of `build_app`'s.
+
+        Raises:
+            RunError: the application did not come up, or the address is taken; the text has the reason.
+        """
+        application = application or build_app(config)  # a wrong name is told before anything starts
+        self.config = config
+        self.url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
+        join_or_start(config.logical_cpus)
+        inner = free_ports(1)[0]
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": inner})
+        try:
+            serve.run(application, name=APP, route_prefix="/")
+        except RuntimeError as error:
+            raise RunError(f"the server did not start: {error}") from error
+        limits = FrontConfig(body_timeout_s=config.body_timeout_s, max_body_bytes=config.max_body_bytes)
+        self.front = Front(("127.0.0.1", inner), limits, self._check, lambda *a: _refusal(ApiError(*a)))
+        self.keys = Keys(config.key_hashes)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="front", daemon=True)
+        self._thread.start()
+        try:
+            self._do(self.front.start(config.host, config.port))
+        except OSError as error:
+            raise RunError(f"{config.host}:{config.port} cannot be bound: {error.strerror}") from error
+
+    def _check(self, path: str, headers: Mapping[bytes, bytes]) -> Refusal | None:
+        try:
+            self.keys.check(path, headers.get(b"authorization", b""))
+        except ApiError as error:
+            return _refusal(error)
+        return None
+
+    def _do(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def stop(self) -> None:
+        """Takes no more connections, lets those that are open end within the deadline, and ends Serve."""
+        self._do(self.front.stop())
+        deadline = time.monotonic() + self.config.deadline_s
+        while self.front.connections and time.monotonic() < deadline:
+            time.sleep(0.1)
+        serve.shutdown()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _refusal(error: ApiError) -> Refusal:
+    return Refusal(error.status, error.body(), error.headers())
+
+
+def run(config: ServeConfig) -> None:
+    """Serves until SIGTERM or Ctrl+C, then ends gracefully."""
+    stop = threading.Event()
+    server = Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has started, which sets handlers of its own
+        signal.signal(number, lambda *_: stop.set())
+    print(f"serving {config.model_name} at {server.url}/ (a page) and {server.url}/v1 (OpenAI's API)", flush=True)
+    stop.wait()
+    print("letting running requests end", flush=True)
+    server.stop()

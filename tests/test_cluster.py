@@ -1,0 +1,57 @@
+"""cluster.yaml is valid, and placement finds the GB10 node or says that there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.cluster_utils import Cluster
+from ray.train import RunConfig
+from ray.train.torch import TorchTrainer
+
+from artemis_vlm import RunError
+from pipelines import placement
+from pipelines.align import A3
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_cluster_yaml_is_valid() -> None:
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    validate_config(prepare_config(config))
+    start = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
+    assert start.count("RAY_AUTH_MODE=token") == 2, "token authentication is on for the head and for the workers"
+    assert "--dashboard-host=127.0.0.1" in start
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_the_worker_lands_on_the_gb10_node(two_nodes: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(placement, "PLACEMENT_TIMEOUT_S", 1.0)
+    with pytest.raises(RunError, match=r"no node of this cluster has the label a3/role=gb10 .*--worker-label ''"):
+        placement.placement(A3)
+    assert placement.data_selector(A3) is None, "alone, a node must also decode"
+
+    gb10 = two_nodes.add_node(num_cpus=2, resources={"gb10": 1}, labels={"a3/role": "gb10"})
+    two_nodes.wait_for_nodes()
+    scaling = placement.placement(A3)
+    assert placement.data_selector(A3) == {"a3/role": "!gb10"}
+    trainer = TorchTrainer(
+        lambda: ray.get_runtime_context().get_node_id(),
+        scaling_config=scaling,
+        run_config=RunConfig(name="where", storage_path=str(tmp_path)),
+    )
+    assert trainer.fit().return_value == gb10.node_id

@@ -1,0 +1,203 @@
+"""The written-out frozen model against Transformers' own layers: losses, gradients, features, what is kept, 8 bits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models import IMAGE_ID, SPEC, random_example, tiny_a3
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from artemis_vlm import RunError, frozen
+from artemis_vlm.frozen import Fp8Weight, frozen_linear, quantize_rows, use_packed_attention
+from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, packed_features, packed_loss
+from artemis_vlm.packed import PackedModel
+from artemis_vlm.packing import Example, PackedBatch, pack
+
+MAX_TOKENS = 64
+
+
+def examples(seed: int = 0, count: int = 5) -> list[Example]:
+    """One of them without an image."""
+    rng = np.random.default_rng(seed)
+    shapes = [((4, 6), 3, 5), ((2, 2), 6, 9), ((0, 0), 4, 4), ((8, 4), 2, 3), ((2, 14), 1, 1)]
+    return [random_example(rng, f"u{i}", *shape) for i, shape in enumerate(shapes[:count])]
+
+
+def packed_rows(chosen: list[Example], pad_to: int = 1) -> PackedBatch:
+    return pack(chosen, image_token_id=IMAGE_ID, merge_size=2, pad_to=pad_to)
+
+
+def batches() -> list[PackedBatch]:
+    """Of several lengths."""
+    return [packed_rows(examples(seed, count), 1 + 3 * seed) for seed, count in enumerate((5, 2, 4, 3))]
+
+
+def trained(model: ArtemisVLMForConditionalGeneration) -> ArtemisVLMForConditionalGeneration:
+    model.set_training_stage("stage1")
+    return model
+
+
+def loss_and_gradient(model: ArtemisVLMForConditionalGeneration, loss: torch.Tensor) -> tuple[float, torch.Tensor]:
+    parameters = list(model.multi_modal_projector.parameters())
+    gradients = torch.autograd.grad(loss, parameters) if loss.requires_grad else map(torch.zeros_like, parameters)
+    return loss.item(), torch.cat([g.flatten() for g in gradients])
+
+
+def plain(model: ArtemisVLMForConditionalGeneration, rows: PackedBatch) -> tuple[float, torch.Tensor]:
+    """By Transformers' own layers; tests/test_model.py compares it with sample after sample."""
+    use_packed_attention(model.visual, model.language_model)
+    return loss_and_gradient(model, packed_loss(model, rows, SPEC))
+
+
+def assert_equal(ours: tuple[float, torch.Tensor], theirs: tuple[float, torch.Tensor], tolerance: float = 1e-6) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=tolerance)
+    assert (ours[1] - theirs[1]).norm() <= tolerance * theirs[1].norm()
+
+
+@pytest.mark.parametrize("pad_to", [1, 64])
+def test_written_out_equals_transformers_own_layers(pad_to: int) -> None:
+    """In float64: in float32 either of them is as far from it as from the other."""
+    model = trained(tiny_a3()).double()
+    rows = packed_rows(examples(), pad_to)
+    expected = plain(model, rows)
+    packed = PackedModel(model, SPEC, MAX_TOKENS + pad_to)
+    assert packed.layers
+    assert_equal(loss_and_gradient(model, packed.loss(rows)), expected)
+    assert_equal(plain(model, rows), expected)  # weights that share memory are still the decoder's
+
+
+def test_packed_equals_one_by_one() -> None:
+    model = trained(tiny_a3())
+    packed = PackedModel(model, SPEC, MAX_TOKENS)
+    together = loss_and_gradient(model, packed.loss(packed_rows(examples())))
+    alone = [loss_and_gradient(model, packed.loss(packed_rows(one))) for one in ([e] for e in examples())]
+    assert_equal(together, (sum(loss for loss, _ in alone), torch.stack([g for _, g in alone]).sum(0)))
+
+
+def test_llama_is_known_and_others_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    for bias in (False, True):
+        model = trained(tiny_a3())
+        model.language_model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, attention_bias=bias)).requires_grad_(False)
+        model.double()
+        with caplog.at_level("WARNING"):
+            packed = PackedModel(model, SPEC, MAX_TOKENS)
+        assert bool(packed.layers) is not bias
+        assert ("LlamaForCausalLM has layers that are not written out" in caplog.text) is bias
+        ours = loss_and_gradient(model, packed.loss(packed_rows(examples())))
+        assert_equal(ours, plain(model, packed_rows(examples())))
+    with pytest.raises(RunError, match="fp8 is for Mistral's and Llama's layers"):
+        PackedModel(model, SPEC, MAX_TOKENS, fp8=True)
+
+
+def test_tower_features_equal_transformers_to_rounding() -> None:
+    """One frame with summed weights and whole images at once, beside both frames and Transformers' own forward."""
+    rows = packed_rows(examples())
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
+        model = trained(tiny_a3())
+        model.visual.to(dtype)
+        use_packed_attention(model.visual)
+        theirs = packed_features(model, rows.patches, rows.grid_thw, SPEC)
+        ours = PackedModel(model, SPEC, MAX_TOKENS).features(rows)
+        assert ours.dtype == dtype
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it, and hides this elsewhere
+def test_compiled_equals_eager_and_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated as on a GPU, then run as it is: the code that Inductor would write needs no test here."""
+    monkeypatch.setattr(frozen, "compiled", functools.cache(functools.partial(torch.compile, backend="aot_eager")))
+    torch._dynamo.reset()
+    model = trained(tiny_a3(num_hidden_layers=3))
+    eager, compiled = PackedModel(model, SPEC, MAX_TOKENS), PackedModel(model, SPEC, MAX_TOKENS, compile_it=True)
+    graphs = []
+    for rows in batches():
+        expected = loss_and_gradient(model, eager.loss(rows))
+        assert_equal(loss_and_gradient(model, compiled.loss(rows)), expected, 5e-6)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1] == 4, "tower block, decoder layer, last decoder layer, head: once each"
+
+
+def test_samples_longer_than_prepared_for_are_refused() -> None:
+    """A kernel that is told too small a length leaves rows unwritten."""
+    model = trained(tiny_a3())
+    with pytest.raises(RunError, match="a sample has 19 tokens; this model was prepared for 12"):
+        PackedModel(model, SPEC, 12).loss(packed_rows(examples()))
+    small = replace(SPEC, max_pixels=64 * 64)
+    with pytest.raises(RunError, match="an image has 32 patches; this tower was prepared for 16"):
+        PackedModel(model, small, MAX_TOKENS).loss(packed_rows(examples()))
+
+
+# --- frozen linear layers --------------------------------------------------------------------------------------------
+
+
+def kept_for_backward(call: Callable[[], torch.Tensor]) -> set[int]:
+    """Where the memory begins that a call keeps for its backward pass."""
+    kept: set[int] = set()
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        call()
+    return kept
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_frozen_linears_keep_nothing_but_their_weight(fp8: bool) -> None:
+    x, weight = torch.randn(32, 64, requires_grad=True), torch.randn(48, 64)
+    form = Fp8Weight.of(weight) if fp8 else weight
+    ours = {t.untyped_storage().data_ptr() for t in (form if isinstance(form, Fp8Weight) else (form,))}
+    assert kept_for_backward(lambda: frozen_linear(x, form)) <= ours
+
+
+def test_fp8_linears_are_within_the_stated_bound() -> None:
+    torch.manual_seed(0)
+    for spread in (1.0, 1e-6, 1e5):
+        x = (torch.randn(96, 128) * torch.logspace(-3, 2, 96)[:, None] * spread).requires_grad_()
+        weight = torch.randn(64, 128) * torch.logspace(-2, 1, 64)[:, None]
+        form = Fp8Weight.of(weight)
+        y = frozen_linear(x, form)
+        slope = torch.randn_like(y)
+        (gradient,) = torch.autograd.grad(y, x, slope)
+        for ours, left, right in ((y, x, weight), (gradient, slope, weight.t())):
+            left, right = left.detach().double(), right.double()
+            share = 1 / 8 + 1 / 128  # two roundings to float8 and their product; one of the result to bfloat16
+            left_step, right_step = (m.abs().amax(-1, keepdim=True) / 448 / 1024 for m in (left, right))
+            bound = share * left.abs() @ right.abs().t()
+            bound += left_step * right.abs().sum(-1) + left.abs().sum(-1, keepdim=True) * right_step.t()
+            assert ((ours.double() - left @ right.t()).abs() <= bound).all()
+            assert (ours.double() - left @ right.t()).norm() <= 0.06 * (left @ right.t()).norm()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_fp8_passes_on_what_is_not_finite(bad: float) -> None:
+    x = torch.randn(16, 32)
+    x[3, 5] = bad
+    y = frozen_linear(x, Fp8Weight.of(torch.randn(16, 32)))
+    assert y[3].isnan().all()
+    assert y[torch.arange(16) != 3].isfinite().all()
+    assert quantize_rows(torch.zeros(2, 4))[0].float().eq(0).all()
+
+
+def test_fp8_training_is_near_and_leaves_the_model_alone() -> None:
+    model = trained(tiny_a3()).to(torch.bfloat16)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    rows = packed_rows(examples())
+    expected = loss_and_gradient(model, PackedModel(model, SPEC, MAX_TOKENS).loss(rows))
+    packed = PackedModel(model, SPEC, MAX_TOKENS, fp8=True)
+    ours = loss_and_gradient(model, packed.loss(rows))
+    assert ours[0] == pytest.approx(expected[0], rel=0.03)
+    assert F.cosine_similarity(ours[1].float(), expected[1].float(), 0) > 0.97
+    assert ours[0] != expected[0]
+    with packed.original_weights():
+        after = model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())

@@ -1,0 +1,388 @@
+"""Serving: the protocol by itself, then real Ray Serve over real HTTP with OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai as client_library
+import pytest
+import serving
+import torch
+from ray import serve as ray_serve
+from serving import KEY, ask, body, http, picture, replica_pids, turn, uri
+
+from artemis_vlm import ArtemisVLMForConditionalGeneration, RunError, SampleError, chat, graft
+from artemis_vlm.engines import EngineConfig
+from artemis_vlm.image import decode_image, patchify
+from artemis_vlm.modeling import normalize
+from pipelines import openai, serve
+from pipelines.local import free_ports
+from pipelines.openai import AnswerFormat, AnswerParser, ApiError, Piece, Usage
+from pipelines.serve import ServeConfig
+
+NEW = 12
+
+
+# --- the protocol ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"logprobs": True}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"n": 2}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "3"}, "max_tokens"),
+        ({"temperature": 3}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"stop": []}, "stop"),
+        ({"stop": [""]}, "stop[0]"),
+        ({"stop": list("abcde")}, "stop"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "a"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": "a", "audio": 1}]}, "messages[0].audio"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]}, "messages[0].content[0].x"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": turn("a", b"x", b"y")}, "messages[0].content"),
+        ({"messages": [{"role": "system", "content": turn("a", b"x")[0]["content"]}]}, "messages[0].content"),
+        ({"messages": turn("a", b"x"), "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+    ],
+)
+def test_what_is_not_supported_is_named(changes: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as error:
+        openai.parse_chat(body(**changes))
+    assert error.value.status == 400
+    assert error.value.param == param
+    assert set(error.value.body()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}'])
+def test_bodies_that_are_not_requests(data: bytes) -> None:
+    with pytest.raises(ApiError) as error:
+        openai.parse_chat(data)
+    assert error.value.status == 400
+
+
+def test_errors_never_hold_image_data() -> None:
+    with pytest.raises(ApiError) as error:
+        openai.parse_chat(body(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": uri(picture())}]}]))
+    assert "base64" not in str(error.value)
+    for bad in ("data:image/png;base64,AA*A", "data:image/svg+xml;base64,AAAA", "data:,x", "data:image/png,AAAA"):
+        with pytest.raises(SampleError, match="data URI"):
+            openai.image_of_data_uri(bad)
+    assert openai.image_of_data_uri(uri(b"abc")) == b"abc"
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_answers_come_apart_into_thoughts_text_and_calls(size: int) -> None:
+    text = 'a < b\n</think>\n\nIt is <b>.<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n<tool_call>{"na'
+    parser = AnswerParser("reasoning")
+    pieces = [p for at in range(0, len(text), size) for p in parser.feed(text[at : at + size])]
+    pieces += parser.feed("", last=True)
+    joined = {c: "".join(p.text for p in pieces if p.channel == c) for c in ("reasoning", "content", "tool_call")}
+    assert joined["reasoning"] == "a < b\n"
+    assert joined["content"] == 'It is <b>.<tool_call>{"na'
+    assert json.loads(joined["tool_call"]) == {"name": "f", "arguments": {"x": 1}}
+    whole = AnswerFormat("chatcmpl-0", "m").whole(pieces, "stop", Usage(3, 4))
+    call = whole["choices"][0]["message"]["tool_calls"][0]
+    assert (call["function"], whole["choices"][0]["finish_reason"]) == ({"name": "f", "arguments": '{"x": 1}'}, "tool_calls")
+    assert whole["usage"]["total_tokens"] == 7
+
+
+def test_a_call_that_is_no_call_stays_text() -> None:
+    pieces = list(AnswerParser().feed("<tool_call>[1]</tool_call>x", last=True))
+    assert pieces == [Piece("content", "<tool_call>[1]</tool_call>"), Piece("content", "x")]
+
+
+def test_an_open_server_needs_a_key() -> None:
+    for host in ("0.0.0.0", "::", "10.0.0.5", "example.org"):
+        with pytest.raises(RunError, match="give key_hashes or bind 127"):
+            ServeConfig(model="x", host=host)
+    ServeConfig(model="x", host="0.0.0.0", key_hashes=("0" * 64,))
+    with pytest.raises(RunError, match="sha256 sums in hex"):
+        ServeConfig(model="x", key_hashes=("secret",))
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with serving.cluster(6):
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(a3: Path) -> ServeConfig:
+    return ServeConfig(
+        model=str(a3),
+        name="tiny",
+        port=free_ports(1)[0],
+        dtype="float32",
+        key_hashes=(hashlib.sha256(b"another").hexdigest(), hashlib.sha256(KEY.encode()).hexdigest()),
+        engine=EngineConfig(slots=4, max_length=600),
+        max_requests=16,
+        max_body_bytes=200_000,
+        body_timeout_s=2.0,
+        deadline_s=60.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def server(cluster: None, config: ServeConfig) -> Iterator[str]:
+    server = serve.Server(config)
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> client_library.OpenAI:
+    return client_library.OpenAI(base_url=f"{server}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+
+class Reference:
+    """Plain `generate` on the same folder, in float32."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = ArtemisVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = graft.load_tokenizer(folder)
+        self.spec = serve.ImageEncoder.load(folder).spec
+
+    def answer(self, text: str, data: bytes | None = None) -> str:
+        inputs: dict[str, Any] = {}
+        counts = []
+        if data is not None:
+            patches = patchify(decode_image(data), self.spec)
+            inputs["pixel_values"] = normalize(torch.from_numpy(patches.pixels), self.spec)
+            inputs["image_grid_thw"] = torch.tensor([[1, *patches.grid]])
+            counts = [self.spec.tokens(patches.grid)]
+        content = [*([{"type": "image"}] if counts else []), {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}]
+        ids = torch.tensor([chat.encode_prompt(self.tokenizer, messages, image_tokens=counts, enable_thinking=False)])
+        output = self.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0, **inputs
+        )
+        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@pytest.fixture(scope="module")
+def reference(a3: Path) -> Reference:
+    return Reference(a3)
+
+
+@pytest.mark.parametrize("image", [True, False])
+def test_answers_equal_plain_generate(client: client_library.OpenAI, reference: Reference, image: bool) -> None:
+    data = picture() if image else None
+    expected = reference.answer("What is <|image_pad|> this?", data)
+    messages = turn("What is <|image_pad|> this?", *([data] if data else []))
+    done = ask(client, messages)
+    assert done.choices[0].message.content == expected
+    assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
+    chunks = list(ask(client, messages, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
+    assert chunks[-1].usage == done.usage
+    assert chunks[-2].choices[0].finish_reason == done.choices[0].finish_reason
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_many_at_once_through_the_async_client(server: str, reference: Reference) -> None:
+    pictures = [picture(i, (64 + 32 * i, 96)) for i in range(3)]
+    expected = [reference.answer("Say.", data) for data in pictures]
+
+    async def main() -> list[str]:
+        async with client_library.AsyncOpenAI(base_url=f"{server}/v1", api_key=KEY, max_retries=0) as client:
+
+            async def one(i: int) -> str:
+                if i % 2:
+                    return str((await ask(client, turn("Say.", pictures[i % 3]))).choices[0].message.content)
+                stream = await ask(client, turn("Say.", pictures[i % 3]), stream=True)
+                return "".join([c.choices[0].delta.content or "" async for c in stream])
+
+            return await asyncio.gather(*(one(i) for i in range(12)))
+
+    assert asyncio.run(main()) == [expected[i % 3] for i in range(12)]
+
+
+def test_sampling_stop_and_models(client: client_library.OpenAI) -> None:
+    drawn = [ask(client, turn("Go."), temperature=1, top_p=0.9, seed=seed).choices[0].message.content for seed in (5, 5, 6)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    whole = ask(client, turn("Go.")).choices[0].message.content
+    stop = whole[len(whole) // 2 :][:4]
+    cut = ask(client, turn("Go."), stop=stop).choices[0]
+    assert (cut.message.content, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(client_library.NotFoundError):
+        client.models.retrieve("other")
+    thought = ask(client, turn("Go."), reasoning_effort="high").choices[0].message
+    assert (thought.content, bool(thought.reasoning_content)) == ("", True)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"messages": turn("a", b"not an image")}, "are not a readable image"),
+        ({"messages": turn("a", picture()), "max_tokens": 5000}, "together they may be 600"),
+        ({"messages": turn("a"), "logit_bias": {"1": 1}}, "logit_bias is not supported"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a"}}]}]},
+         "not a public web server"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_requests_are_told_so(client: client_library.OpenAI, options: dict[str, Any], says: str, stream: bool) -> None:
+    with pytest.raises(client_library.BadRequestError, match=says) as error:
+        ask(client, stream=stream, **options)
+    assert error.value.body["type"] == "invalid_request_error"
+    assert "Traceback" not in str(error.value)
+
+
+def test_keys_cover_every_route_but_health(server: str) -> None:
+    paths = ["/", "/v1/models", "/v1/models/tiny", "/v1/chat/completions", "/nothing", "//health", "/health/", "/docs"]
+    for path in paths:
+        for header in ("", "Bearer wrong", f"Token {KEY}", "Basic !!!", f"Bearer {KEY}x"):
+            status, headers, text = http(f"{server}{path}", Authorization=header)
+            assert (status, json.loads(text)["error"]["code"]) == (401, "invalid_api_key"), path
+    assert headers["www-authenticate"].startswith("Basic")
+    assert http(f"{server}/health", Authorization="")[0] == 200
+    basic = base64.b64encode(f"anyone:{KEY}".encode()).decode()
+    status, headers, page = http(f"{server}/", Authorization=f"Basic {basic}")
+    assert status == 200
+    assert b"tiny" in page
+    assert "default-src 'none'" in headers["content-security-policy"]
+    assert not re.search(rb"""(src|href)=["']?(https?:)?//|@import|\burl\(""", page), "the page must work without internet"
+
+
+def test_what_needs_no_tower_does_not_run_it(client: client_library.OpenAI) -> None:
+    handle = ray_serve.get_deployment_handle("VisionEncoder", serve.APP)
+    ask(client, turn("Go.", picture(20)))
+    before = handle.calls.remote().result()
+    ask(client, turn("Go."))
+    ask(client, turn("Again.", picture(20)))
+    assert handle.calls.remote().result() == before
+    ask(client, turn("Go.", picture(21)))
+    assert handle.calls.remote().result() == before + 1
+
+
+def test_readiness_names_what_is_missing(server: str) -> None:
+    status, _, text = http(f"{server}/ready", Authorization="")
+    assert (status, json.loads(text)) == (200, {"ready": True, "missing": []})
+
+
+def test_malformed_requests(server: str) -> None:
+    url = f"{server}/v1/chat/completions"
+    for data in (b"{", b"", b"\xff", b"[]", b'{"a":1}', b"[" * 50_000):
+        status, _, text = http(url, data)
+        assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
+    assert http(url, body(), **{"Content-Type": "text/plain"})[0] == 400
+    assert http(url, body() + b" " * 300_000)[0] == 413
+    assert http(url)[0] == 405
+    assert http(f"{server}/v1/nothing", b"{}")[0] == 404
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(server: str, config: ServeConfig) -> None:
+    with socket.create_connection(("127.0.0.1", config.port), timeout=10) as slow:
+        slow.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+            b"Authorization: Bearer " + KEY.encode() + b"\r\n\r\n{"
+        )
+        started = time.monotonic()
+        answer = slow.recv(4096)
+    assert b" 408 " in answer.split(b"\r\n")[0]
+    assert time.monotonic() - started < 6
+
+
+def test_a_client_that_leaves_frees_the_slot(client: client_library.OpenAI) -> None:
+    stream = ask(client, turn("Go on."), stream=True, max_tokens=550, stop="\x00never")
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 5
+    handle = ray_serve.get_deployment_handle("Decoder", serve.APP)
+    while time.monotonic() < deadline:
+        if not handle.stats.remote().result().running:
+            return
+        time.sleep(0.05)
+    pytest.fail("the request still runs 5 s after its client left")
+
+
+def test_more_than_the_limit_get_429(server: str, config: ServeConfig) -> None:
+    statuses: list[tuple[int, str | None]] = []
+
+    def one() -> None:
+        request = body(model="tiny", max_tokens=80, reasoning_effort="none")
+        status, headers, _ = http(f"{server}/v1/chat/completions", request)
+        statuses.append((status, headers.get("retry-after")))
+
+    threads = [threading.Thread(target=one) for _ in range(3 * config.max_requests)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    codes = {status for status, _ in statuses}
+    assert codes == {200, 429}
+    assert all(after == "1" for status, after in statuses if status == 429)
+
+
+def test_without_an_encoder_text_still_works(server: str, client: client_library.OpenAI) -> None:
+    ask(client, turn("Go.", picture()))
+    for pid in replica_pids("VisionEncoder"):
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.5)
+    started = time.monotonic()
+    status, headers, text = http(f"{server}/v1/chat/completions", body(model="tiny", messages=turn("Go.", picture(7))))
+    took = time.monotonic() - started
+    assert ask(client, turn("Go.")).choices[0].message.content
+    assert status == 503, text
+    assert "retry-after" in headers
+    assert took < 1
+    deadline = time.monotonic() + 40
+    while http(f"{server}/ready")[0] != 200:
+        assert time.monotonic() < deadline, "the encoder did not come back"
+        time.sleep(0.3)
+    ask(client, turn("Go.", picture(8)))
+
+
+def test_a_killed_decoder(server: str, client: client_library.OpenAI) -> None:
+    """A stream ends with an error and without [DONE]; a whole answer is asked for anew when the replica is back."""
+    request = body(model="tiny", stream=True, max_tokens=580, reasoning_effort="none", stop="\x00never")
+    fields = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{server}/v1/chat/completions", request, fields), timeout=60
+    ) as answer:
+        answer.readline()
+        whole: list[Any] = []
+        thread = threading.Thread(target=lambda: whole.append(ask(client, turn("Go."), max_tokens=500)))
+        thread.start()
+        for pid in replica_pids("Decoder"):
+            os.kill(pid, signal.SIGKILL)
+        rest = answer.read().decode()
+    assert "[DONE]" not in rest
+    last = json.loads(rest.strip().split("\n\n")[-1].removeprefix("data: "))
+    assert last["error"]["type"] == "server_error"
+    thread.join()
+    assert whole
+    assert whole[0].choices[0].message.content
+
+
+def test_one_process_for_both_stages(config: ServeConfig, client: client_library.OpenAI, reference: Reference) -> None:
+    ray_serve.run(serve.build_app(dataclasses.replace(config, colocate=True)), name=serve.APP, route_prefix="/")
+    assert "VisionEncoder" not in ray_serve.status().applications[serve.APP].deployments
+    done = ask(client, turn("Once more.", picture(3)))
+    assert done.choices[0].message.content == reference.answer("Once more.", picture(3))
