@@ -292,6 +292,7 @@ class Alignment:
             "skipped_in_row": 0,
             "evaluated": None,  # the step of the last evaluation
             "best": None,  # [eval loss, step]
+            "unevaluated": None,  # the record of the last step, if its evaluation was abandoned
         }
 
     @property
@@ -536,7 +537,8 @@ def run(
     saved = alignment.step
     ended = None
     if alignment.evaluation_due and (eval_loss := alignment.evaluate(held_out(), stopping)) is not None:
-        on_record({"step": alignment.step, "eval_loss": eval_loss})
+        on_record((alignment.state["unevaluated"] or {"step": alignment.step}) | {"eval_loss": eval_loss})
+        alignment.state["unevaluated"] = None
     loaded, started = None, time.perf_counter()
 
     def fetch() -> float:
@@ -561,9 +563,13 @@ def run(
         if trained is None or work is None:
             break
         record = _record(alignment, work, trained, waited, time.perf_counter() - started)
-        if alignment.evaluation_due and (eval_loss := alignment.evaluate(held_out(), stopping)) is not None:
-            record["eval_loss"] = eval_loss
-        on_record(record)
+        if alignment.evaluation_due:
+            alignment.state["unevaluated"] = record  # a step has one record: it waits for the rest of it
+            if (eval_loss := alignment.evaluate(held_out(), stopping)) is not None:
+                record["eval_loss"] = eval_loss
+                alignment.state["unevaluated"] = None
+        if not alignment.state["unevaluated"]:
+            on_record(record)
         if alignment.step % config.save_steps == 0 or alignment.step in (config.steps, alignment.best_step):
             save(alignment.checkpoint())
             saved = alignment.step

@@ -127,11 +127,12 @@ class Desk:
     def _continued(self, name: str) -> TextIO:
         """A file of JSON lines, without what a lost process wrote past the checkpoint."""
         path = self.folder.path / name
+        last = self.alignment.step - self.alignment.evaluation_due  # a step that is still to be evaluated is recorded after
         kept = ""
         if self.alignment.step and self.folder.pull(name):
             for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
                 try:
-                    kept += f"{line}\n" if json.loads(line)["step"] <= self.alignment.step else ""
+                    kept += f"{line}\n" if json.loads(line)["step"] <= last else ""
                 except ValueError:  # cut off with its process, if it is the last
                     logger.warning("%s/%s: line %d is damaged and dropped", self.folder.uri, name, number)
         write_whole(path, kept)  # a lost process that still lives has the old file in its hand

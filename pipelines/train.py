@@ -286,7 +286,7 @@ def _train(job: Job) -> dict[str, Any]:
             stopping=stop.is_set,
         ):
             pass
-        stopped = alignment.step < config.steps
+        stopped = alignment.step < config.steps or alignment.evaluation_due
         if not stopped:
             graft.check_frozen(model, manifest)
             if desk:
