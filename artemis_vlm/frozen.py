@@ -303,6 +303,13 @@ class _Fp8Linear(torch.autograd.Function):
         return _fp8_product(grads[0], *ctx.saved_tensors), None, None, None, None
 
 
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _fp8_linear(x: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
+    # In the graph as it is: where torch 2.11's dynamo looks into the function, it takes the product in 8 bits for a
+    # constant and compiles a backward of zeros.
+    return _Fp8Linear.apply(x, *weight)  # type: ignore[no-any-return,no-untyped-call]
+
+
 def frozen_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """`x @ weight.t()` with a gradient for x alone; nothing but the weight is kept for it.
 
@@ -313,19 +320,23 @@ def frozen_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
         x: (T, in); weight: (out, in).
     """
     if isinstance(weight, Fp8Weight):
-        product: torch.Tensor = _Fp8Linear.apply(x, *weight)  # type: ignore[no-untyped-call]
+        product: torch.Tensor = _fp8_linear(x, *weight)
         return product
     return F.linear(x, weight)
 
 
-def check_fp8(device: torch.device) -> None:
-    """Raises ValueError, with the reason, where scaled float8 products do not run."""
-    x = torch.ones(32, 32, dtype=torch.bfloat16, device=device)
+def check_fp8(device: torch.device, compile_it: bool = False) -> None:
+    """Raises ValueError, with the reason, where scaled float8 products do not run or pass back a wrong gradient."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    x = torch.ones(32, 32, dtype=torch.bfloat16, device=device, requires_grad=True)
+    linear = compiled(frozen_linear) if compile_it else frozen_linear
     try:
-        frozen_linear(x, Fp8Weight.of(x))
+        y = linear(x, Fp8Weight.of(x.detach()))
+        (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
     except (RuntimeError, NotImplementedError) as error:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         raise ValueError(f"{name} does not run float8 products ({error}); use --frozen-precision dtype") from error
+    if not (y == 32).all() or not (gradient == 32).all():
+        raise ValueError(f"float8 products are wrong on {name} with torch {torch.__version__}; use --frozen-precision dtype")
 
 
 # --- the frozen head -------------------------------------------------------------------------------------------------

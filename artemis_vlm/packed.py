@@ -285,7 +285,7 @@ class PackedModel:
     def _prepare_decoder(self, decoder: PreTrainedModel) -> None:
         if self.fp8:
             try:
-                frozen.check_fp8(self.device)
+                frozen.check_fp8(self.device, self.compile_it)
             except ValueError as error:
                 raise RunError(str(error)) from error
         layers = decoder.get_decoder().layers

@@ -14,7 +14,7 @@ from models import IMAGE_ID, SPEC, random_example, tiny_a3
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from artemis_vlm import RunError, frozen
-from artemis_vlm.frozen import Fp8Weight, frozen_linear, quantize_rows, use_packed_attention
+from artemis_vlm.frozen import Fp8Weight, check_fp8, frozen_linear, quantize_rows, use_packed_attention
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, packed_features, packed_loss
 from artemis_vlm.packed import PackedModel
 from artemis_vlm.packing import Example, PackedBatch, pack
@@ -176,6 +176,19 @@ def test_fp8_linears_are_within_the_stated_bound() -> None:
             bound += left_step * right.abs().sum(-1) + left.abs().sum(-1, keepdim=True) * right_step.t()
             assert ((ours.double() - left @ right.t()).abs() <= bound).all()
             assert (ours.double() - left @ right.t()).norm() <= 0.06 * (left @ right.t()).norm()
+
+
+def test_compiled_fp8_linears_pass_back_the_same_gradient() -> None:
+    torch.manual_seed(0)
+    x, form = torch.randn(32, 64, requires_grad=True), Fp8Weight.of(torch.randn(48, 64))
+    slope = torch.randn(32, 48)
+    gradients = [
+        torch.autograd.grad(linear(x, form), x, slope)[0]
+        for linear in (frozen_linear, torch.compile(frozen_linear, backend="aot_eager"))
+    ]
+    assert gradients[0].norm() > 0
+    assert torch.allclose(*gradients, rtol=1e-6)
+    check_fp8(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
