@@ -3,7 +3,8 @@
     python -m demo.train_projector --decoder FOLDER --output DIR --minutes 7
 
 Scenes are made while training, by a process for each core, through JPEG and back as if they came from a shard; none is
-seen twice. Without Ray, because the machine it ran on had none. Steps are fixed from the rate of the first few.
+seen twice. Without Ray, because the machine it ran on had none. Steps are fixed from the rate of the first few, or by
+`--steps`: then two runs see the same scenes, which is how `--frozen-precision fp8` is compared.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pipelines.align import Alignment, Step, TrainConfig
 from pipelines.data import Encoder, Position, split
 from pipelines.shards import RawSample
 
-CONFIG = TrainConfig(batch_size=64, learning_rate=2e-3, warmup=0.05, held_out=256, samples=10**6, micro_tokens=32_768)
+CONFIG = TrainConfig(batch_size=32, learning_rate=1e-3, warmup=0.05, held_out=256, samples=10**6, micro_tokens=32_768)
 PROBE_STEPS = 30
 _encoder: Encoder
 
@@ -65,12 +66,25 @@ class SceneFeed:
         return Step(split(examples, 1, self.config.micro_tokens)[0], targets, uids, {}, {})
 
 
+def measured_rate(model: Any, spec: Any, feed: SceneFeed) -> float:
+    """Steps a second, once compiled."""
+    probe = Alignment(model, spec, CONFIG)
+    for _ in range(5):
+        probe.train_step(feed.next())
+    started = time.perf_counter()
+    for _ in range(PROBE_STEPS):
+        probe.train_step(feed.next())
+    return PROBE_STEPS / (time.perf_counter() - started)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tower", type=Path, default=Path(__file__).parent / "tower")
     parser.add_argument("--decoder", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--steps", type=int, default=0, help="0: as many as fit the minutes")
+    parser.add_argument("--frozen-precision", choices=("dtype", "fp8"), default="dtype")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -78,7 +92,7 @@ def main() -> None:
     spec = graft.source_spec(sources, CONFIG.min_pixels, CONFIG.max_pixels)
     tokenizer = graft.load_tokenizer(args.decoder)
     encoder = Encoder(spec, tokenizer, chat.CaptionFrame.build(tokenizer, CONFIG.prompt, False), CONFIG.max_tokens)
-    workers = len(os.sched_getaffinity(0))
+    workers = max(1, len(os.sched_getaffinity(0)) - 1)  # one core feeds the GPU
     # Forked before CUDA starts; spawned workers would each import torch anew.
     with multiprocessing.get_context("fork").Pool(workers, start_worker, (encoder,)) as pool:
         held_out = pool.map(encode_scene, [("heldout", i) for i in range(CONFIG.held_out)])
@@ -86,18 +100,10 @@ def main() -> None:
         torch.manual_seed(CONFIG.seed)
         model = graft.load_frozen(sources, torch.bfloat16, args.device)
         fresh = {k: v.clone() for k, v in model.multi_modal_projector.state_dict().items()}
-        probe = Alignment(model, spec, CONFIG)
-        for _ in range(5):
-            probe.train_step(feed.next())
-        started = time.perf_counter()
-        for _ in range(PROBE_STEPS):
-            probe.train_step(feed.next())
-        rate = PROBE_STEPS / (time.perf_counter() - started)
-        steps = int(args.minutes * 60 * rate)
-        print(f"{torch.__version__}, {rate:.1f} steps/s, so {steps} steps of {CONFIG.batch_size}", flush=True)
-
-        config = replace(CONFIG, max_steps=steps, save_every=max(1, steps // 4))
+        steps = args.steps or int(args.minutes * 60 * measured_rate(model, spec, feed))
         model.multi_modal_projector.load_state_dict(fresh)
+        print(f"torch {torch.__version__}: {steps} steps of {CONFIG.batch_size}", flush=True)
+        config = replace(CONFIG, max_steps=steps, save_every=max(1, steps // 4), frozen_precision=args.frozen_precision)
         alignment = Alignment(model, spec, config)
         with (args.output / "metrics.jsonl").open("w", buffering=1) as metrics:
 
