@@ -35,16 +35,18 @@ $(TOOLS): $(STAMP)
 demo: $(STAMP)  ## Train the demo projector on a local Ray and show what it sees
 	@PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -m demo.run
 
-MODEL ?= runs/demo/a3
-serve: $(STAMP)  ## Serve the demo's A3 (MODEL=URI for another) at http://127.0.0.1:8000
-	@test -e $(MODEL)/config.json || [[ "$(MODEL)" == *:* ]] || { echo "no model at $(MODEL): run 'make demo' first, or give MODEL=URI"; exit 1; }
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python jobs/serve.py --model $(MODEL) --text-thinking False --decoder-stage.num-cpus $$(getconf _NPROCESSORS_ONLN)
+# Of `serve` and `caption`; empty: the one that ships with the repo. `make demo` leaves its own in runs/demo/a3.
+MODEL ?=
+serve: $(STAMP)  ## Serve an A3 (MODEL=URI, or the one that ships) at http://127.0.0.1:8000
+	@test -n "$(MODEL)" || echo "the model that ships with the repo; its decoder is built once"
+	@model="$(MODEL)"; test -n "$$model" || model="$$($(BIN)/python -m demo.assets)"; \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python jobs/serve.py --model "$$model" --text-thinking False --decoder-stage.num-cpus $$(getconf _NPROCESSORS_ONLN)
 
 test-page: $(TOOLS)  ## The page in a headless browser, where one is installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -rs tests/test_page.py
 
-caption: $(STAMP)  ## Caption the embedded held-out images with the demo's model
-	@PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -m demo.caption
+caption: $(STAMP)  ## Caption the embedded held-out images with that A3
+	@PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -m demo.caption $(MODEL)
 
 check: $(TOOLS)  ## Lint, types, layering: seconds
 	@$(BIN)/ruff check --quiet .

@@ -1,24 +1,22 @@
-"""`make caption`: captions the embedded held-out images with the demo's A3, on a Ray of its own."""
+"""`make caption`: captions the embedded held-out images on a Ray of its own, with MODEL or the model that ships."""
 
 from __future__ import annotations
 
 import sys
 import time
 
-from artemis_vlm.errors import RunError, exit_code
+from artemis_vlm.errors import exit_code
 from demo import assets
-from demo.run import OUTPUT, ROOT, submit
+from demo.run import ROOT, submit
 
-MODEL = OUTPUT / "a3"
 CAPTIONS = ROOT / "runs" / "caption"
 
 
 def main() -> int:
     started = time.monotonic()
-    if not (MODEL / "config.json").exists():
-        raise RunError(f"{MODEL} holds no model; run `make demo` first, which trains it")
+    model = sys.argv[1] if len(sys.argv) > 1 else str(assets.model())
     CAPTIONS.mkdir(parents=True, exist_ok=True)
-    job = ["python", "jobs/caption.py", "--model", str(MODEL), "--input", str(assets.shards("heldout"))]
+    job = ["python", "jobs/caption.py", "--model", model, "--input", str(assets.shards("heldout"))]
     job += ["--output", str(CAPTIONS / "heldout"), "--max-tokens", "96", "--part-rows", "32"]
     code = submit(job, CAPTIONS / "ray.log")
     if code == 0:
