@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from artemis_vlm import graft
-from artemis_vlm.image import ImageSpec
+from artemis_vlm.image import PREPROCESSOR_FILE, ImageSpec
 from artemis_vlm.version import __version__
 from demo import decoder as decoder_module
 from demo import scenes
@@ -85,7 +85,8 @@ def tower() -> Path:
 def model() -> Path:
     """Folder `a3` of a whole model with the projector that the repo ships, which an H100 trained on all names: 550 MB."""
     sources = graft.Sources(tower(), decoder())
-    inputs: list[str | Path] = [sources.tower.name, sources.decoder.name, *sorted(PROJECTOR_FILES.iterdir()), __version__]
+    projector = PROJECTOR_FILES / graft.PROJECTOR_FILE
+    inputs = [sources.tower.name, sources.decoder.name, projector, PROJECTOR_FILES / PREPROCESSOR_FILE, __version__]
     return cached("shipped", inputs, lambda folder: _graft(sources, folder / "a3")) / "a3"
 
 
