@@ -35,9 +35,9 @@ $(TOOLS): $(STAMP)
 demo: $(STAMP)  ## Train the demo projector on a local Ray and show what it sees
 	@PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -m demo.run
 
-# Of `serve` and `caption`; empty: the one that ships with the repo. `make demo` leaves its own in runs/demo/a3.
-MODEL ?=
-serve: $(STAMP)  ## Serve an A3 (MODEL=URI, or the one that ships) at http://127.0.0.1:8000
+# Of `serve` and `caption`: what `make demo` left, or the one that ships with the repo.
+MODEL ?= $(wildcard runs/demo/a3)
+serve: $(STAMP)  ## Serve an A3 (MODEL=URI, else the demo's, else the one that ships) at http://127.0.0.1:8000
 	@test -n "$(MODEL)" || echo "the model that ships with the repo; its decoder is built once"
 	@model="$(MODEL)"; test -n "$$model" || model="$$($(BIN)/python -m demo.assets)"; \
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python jobs/serve.py --model "$$model" --text-thinking False --decoder-stage.num-cpus $$(getconf _NPROCESSORS_ONLN)
