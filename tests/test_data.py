@@ -261,7 +261,10 @@ def test_every_kind_of_tar_gives_the_same_samples(tmp_path: Path, kind: int) -> 
     folder = tmp_path / f"{'long' * 20}" / f"{'name' * 15}"
     write_shards(folder, 1, 2)
     with tarfile.open(folder / "sa_000000.tar") as archive:
-        archive.extractall(folder, filter="data")
+        for member in archive:  # not extractall: its filter came with Python 3.11.4
+            content = archive.extractfile(member)
+            assert content is not None
+            (folder / member.name).write_bytes(content.read())
     (folder / "00001.json").symlink_to("00001.txt")
     with tarfile.open(tmp_path / "a.tar", "w", format=kind) as archive:
         archive.add(tmp_path, arcname="top", filter=lambda m: None if m.name.endswith(".tar") else m)
