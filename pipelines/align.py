@@ -536,9 +536,19 @@ def run(
     config = alignment.config
     saved = alignment.step
     ended = None
-    if alignment.evaluation_due and (eval_loss := alignment.evaluate(held_out(), stopping)) is not None:
-        on_record((alignment.state["unevaluated"] or {"step": alignment.step}) | {"eval_loss": eval_loss})
+
+    def settle(record: dict[str, Any]) -> None:
+        """Records a step once, with its evaluation if that is due; if that is abandoned, the record waits for it."""
+        alignment.state["unevaluated"] = record
+        if alignment.evaluation_due:
+            if (eval_loss := alignment.evaluate(held_out(), stopping)) is None:
+                return
+            record = record | {"eval_loss": eval_loss}
         alignment.state["unevaluated"] = None
+        on_record(record)
+
+    if alignment.evaluation_due:
+        settle(alignment.state["unevaluated"] or {"step": alignment.step})
     loaded, started = None, time.perf_counter()
 
     def fetch() -> float:
@@ -562,14 +572,7 @@ def run(
         trained = alignment.conclude(launched)
         if trained is None or work is None:
             break
-        record = _record(alignment, work, trained, waited, time.perf_counter() - started)
-        if alignment.evaluation_due:
-            alignment.state["unevaluated"] = record  # a step has one record: it waits for the rest of it
-            if (eval_loss := alignment.evaluate(held_out(), stopping)) is not None:
-                record["eval_loss"] = eval_loss
-                alignment.state["unevaluated"] = None
-        if not alignment.state["unevaluated"]:
-            on_record(record)
+        settle(_record(alignment, work, trained, waited, time.perf_counter() - started))
         if alignment.step % config.save_steps == 0 or alignment.step in (config.steps, alignment.best_step):
             save(alignment.checkpoint())
             saved = alignment.step
