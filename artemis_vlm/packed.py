@@ -297,8 +297,23 @@ class PackedModel:
             size,
             layers[0].input_layernorm.variance_epsilon,
         )
-        for index, layer in enumerate(layers):
-            self.layers.append(layer_weights(layer, index == len(layers) - 1, self.fp8, self.device))
+        self.layers = self._decoder_layers(self.fp8)
+
+    def _decoder_layers(self, fp8: bool) -> list[LayerWeights]:
+        layers = self.model.language_model.get_decoder().layers
+        return [layer_weights(layer, layer is layers[-1], fp8, self.device) for layer in layers]
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Computes with the decoder's own weights for a while, those that the exported model has; float8 is for training."""
+        in_8_bits = self.layers
+        with self.original_weights():
+            if self.fp8:
+                self.layers = self._decoder_layers(fp8=False)
+            try:
+                yield
+            finally:
+                self.layers = in_8_bits
 
     @contextmanager
     def original_weights(self) -> Iterator[None]:

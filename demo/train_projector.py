@@ -1,10 +1,11 @@
-"""Trains the projector that the repo ships: the training loop of `jobs/train_a3.py` on one GPU, all names, fresh scenes.
+"""Trains the projector that the repo ships: the training loop of `jobs/train_a3.py` on one GPU, all names.
 
-    python -m demo.train_projector --decoder FOLDER --output DIR --minutes 7
+    python -m demo.train_projector --decoder FOLDER --output DIR --scenes 60000 --minutes 8
 
-Scenes are made while training, by a process for each core, through JPEG and back as if they came from a shard; none is
-seen twice. Without Ray, because the machine it ran on had none. Steps are fixed from the rate of the first few, or by
-`--steps`: then two runs see the same scenes, which is how `--frozen-precision fp8` is compared.
+Scenes are painted first, by a process for each core, through JPEG and back as if they came from a shard, and kept in
+memory: painting while training would starve the GPU. Without Ray, because the machine it ran on had none. Steps are
+fixed from the rate of the first few, or by `--steps`: then two runs see the same scenes in the same order, which is how
+`--frozen-precision fp8` is compared.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from pipelines.align import Alignment, Step, TrainConfig
 from pipelines.data import Encoder, Position, split
 from pipelines.shards import RawSample
 
-CONFIG = TrainConfig(batch_size=32, learning_rate=1e-3, warmup=0.05, held_out=256, samples=10**6, micro_tokens=32_768)
+CONFIG = TrainConfig(batch_size=64, learning_rate=2e-3, warmup=0.05, held_out=256, samples=10**6, micro_tokens=65_536)
 PROBE_STEPS = 30
 _encoder: Encoder
 
@@ -53,28 +54,66 @@ def encode_scene(job: tuple[str, int]) -> Example:
     return candidate.example
 
 
-class SceneFeed:
-    """Steps of fresh scenes, in order."""
+def paint(encoder: Encoder, **counts: int) -> dict[str, list[Example]]:
+    """So many scenes of each split, in order. To be called before CUDA starts: its workers are forked."""
+    # Spawned workers would each import torch anew.
+    with multiprocessing.get_context("fork").Pool(None, start_worker, (encoder,)) as pool:
+        return {name: pool.map(encode_scene, [(name, i) for i in range(n)], chunksize=64) for name, n in counts.items()}
 
-    def __init__(self, pool: Any, config: TrainConfig) -> None:
-        self.examples: Iterator[Example] = pool.imap(encode_scene, (("train", i) for i in count()), chunksize=16)
-        self.config = config
+
+class MemoryFeed:
+    """Steps of examples that are in memory, each epoch in another order."""
+
+    def __init__(self, examples: Sequence[Example], config: TrainConfig) -> None:
+        self.examples, self.config = examples, config
+        self.waiting: list[int] = []
+        self.epoch = 0
 
     def next(self, stopping: Callable[[], bool] = align.never) -> Step:
-        examples = [next(self.examples) for _ in range(self.config.batch_size)]
-        targets, uids = sum(e.n_targets for e in examples), [e.uid for e in examples]
-        return Step(split(examples, 1, self.config.micro_tokens)[0], targets, uids, {}, {})
+        size = self.config.batch_size
+        if len(self.waiting) < size:
+            self.waiting = list(range(len(self.examples)))
+            random.Random(f"{self.config.seed}/{self.epoch}").shuffle(self.waiting)
+            self.epoch += 1
+        chosen, self.waiting = [self.examples[i] for i in self.waiting[:size]], self.waiting[size:]
+        targets, uids = sum(e.n_targets for e in chosen), [e.uid for e in chosen]
+        return Step(split(chosen, 1, self.config.micro_tokens)[0], targets, uids, {}, {})
 
 
-def measured_rate(model: Any, spec: Any, feed: SceneFeed) -> float:
-    """Steps a second, once compiled."""
-    probe = Alignment(model, spec, CONFIG)
+def measured_rate(model: Any, spec: Any, examples: Sequence[Example], config: TrainConfig) -> float:
+    """Steps a second, once compiled; the projector is left as it was."""
+    fresh = {k: v.clone() for k, v in model.multi_modal_projector.state_dict().items()}
+    probe, feed = Alignment(model, spec, config), MemoryFeed(examples, config)
     for _ in range(5):
         probe.train_step(feed.next())
     started = time.perf_counter()
     for _ in range(PROBE_STEPS):
         probe.train_step(feed.next())
+    model.multi_modal_projector.load_state_dict(fresh)
     return PROBE_STEPS / (time.perf_counter() - started)
+
+
+def train(alignment: Alignment, examples: Sequence[Example], held_out: Sequence[Example], output: Path) -> None:
+    """Every step; leaves `metrics.jsonl`, the projector in bfloat16 and the pixel format in `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    projector = alignment.model.multi_modal_projector
+
+    def save(_: object) -> None:
+        state = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in projector.state_dict().items()}
+        save_file(state, output / graft.PROJECTOR_FILE)
+
+    with (output / "metrics.jsonl").open("w", buffering=1) as metrics:
+
+        def on_record(record: dict[str, Any]) -> None:
+            if "eval_loss" in record or record["step"] % 50 == 0:
+                metrics.write(json.dumps(record) + "\n")
+            if "eval_loss" in record or record["step"] % 500 == 0:
+                print({k: round(v, 4) for k, v in record.items()}, flush=True)
+
+        feed = MemoryFeed(examples, alignment.config)
+        for _ in align.run(alignment, feed, lambda: held_out, on_record=on_record, save=save):
+            pass
+    alignment.spec.save(output)
 
 
 def main() -> None:
@@ -82,47 +121,34 @@ def main() -> None:
     parser.add_argument("--tower", type=Path, default=Path(__file__).parent / "tower")
     parser.add_argument("--decoder", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--scenes", type=int, default=60_000)
+    parser.add_argument("--minutes", type=float, default=8.0, help="of training, once the scenes are painted")
     parser.add_argument("--steps", type=int, default=0, help="0: as many as fit the minutes")
+    parser.add_argument("--batch-size", type=int, default=CONFIG.batch_size)
+    parser.add_argument("--learning-rate", type=float, default=CONFIG.learning_rate)
     parser.add_argument("--frozen-precision", choices=("dtype", "fp8"), default="dtype")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
     sources = graft.Sources(args.tower, args.decoder)
     spec = graft.source_spec(sources, CONFIG.min_pixels, CONFIG.max_pixels)
     tokenizer = graft.load_tokenizer(args.decoder)
     encoder = Encoder(spec, tokenizer, chat.CaptionFrame.build(tokenizer, CONFIG.prompt, False), CONFIG.max_tokens)
-    workers = max(1, len(os.sched_getaffinity(0)) - 1)  # one core feeds the GPU
-    # Forked before CUDA starts; spawned workers would each import torch anew.
-    with multiprocessing.get_context("fork").Pool(workers, start_worker, (encoder,)) as pool:
-        held_out = pool.map(encode_scene, [("heldout", i) for i in range(CONFIG.held_out)])
-        feed = SceneFeed(pool, CONFIG)
-        torch.manual_seed(CONFIG.seed)
-        model = graft.load_frozen(sources, torch.bfloat16, args.device)
-        fresh = {k: v.clone() for k, v in model.multi_modal_projector.state_dict().items()}
-        steps = args.steps or int(args.minutes * 60 * measured_rate(model, spec, feed))
-        model.multi_modal_projector.load_state_dict(fresh)
-        print(f"torch {torch.__version__}: {steps} steps of {CONFIG.batch_size}", flush=True)
-        config = replace(CONFIG, max_steps=steps, save_every=max(1, steps // 4), frozen_precision=args.frozen_precision)
-        alignment = Alignment(model, spec, config)
-        with (args.output / "metrics.jsonl").open("w", buffering=1) as metrics:
-
-            def on_record(record: dict[str, Any]) -> None:
-                if "eval_loss" in record or record["step"] % 50 == 0:
-                    metrics.write(json.dumps(record) + "\n")
-                    print({k: round(v, 4) for k, v in record.items()}, flush=True)
-
-            def save(_: object) -> None:
-                state = {
-                    k: v.detach().to("cpu", torch.bfloat16).contiguous()
-                    for k, v in model.multi_modal_projector.state_dict().items()
-                }
-                save_file(state, args.output / graft.PROJECTOR_FILE)
-
-            for _ in align.run(alignment, feed, lambda: held_out, on_record=on_record, save=save):
-                pass
-        spec.save(args.output)
-        pool.terminate()
+    painted = paint(encoder, heldout=CONFIG.held_out, train=args.scenes)
+    torch.manual_seed(CONFIG.seed)
+    model = graft.load_frozen(sources, torch.bfloat16, args.device)
+    config = replace(
+        CONFIG,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        frozen_precision=args.frozen_precision,
+        max_steps=args.steps,
+    )
+    if not args.steps:
+        rate = measured_rate(model, spec, painted["train"], config)
+        config = replace(config, max_steps=int(args.minutes * 60 * rate))
+    config = replace(config, save_every=max(1, config.steps // 4))
+    print(f"torch {torch.__version__}: {config.steps} steps of {config.batch_size}", flush=True)
+    train(Alignment(model, spec, config), painted["train"], painted["heldout"], args.output)
 
 
 if __name__ == "__main__":

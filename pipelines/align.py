@@ -437,18 +437,21 @@ class Alignment:
     def evaluate(self, examples: Sequence[Example], stopping: Callable[[], bool] = never) -> float | None:
         """Mean loss a supervised token over all ranks' examples; this rank computes those it was given.
 
+        That of the model as it will be exported: training in 8 bits evaluates with the decoder's own weights.
+
         Returns:
             None: it was abandoned by every rank, because some rank was told to stop.
         """
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         lengths = [e.n_tokens for e in examples]
-        for group in split_by_tokens(lengths, math.ceil(sum(lengths) / self.state["micro_tokens"])):
-            if stopping():
-                sums[2] = 1
-                break
-            batch = self.pack([examples[i] for i in group]).to(self.device)
-            sums[0] += self.packed.loss(batch)
-            sums[1] += batch.n_targets
+        with self.packed.exact():
+            for group in split_by_tokens(lengths, math.ceil(sum(lengths) / self.state["micro_tokens"])):
+                if stopping():
+                    sums[2] = 1
+                    break
+                batch = self.pack([examples[i] for i in group]).to(self.device)
+                sums[0] += self.packed.loss(batch)
+                sums[1] += batch.n_targets
         if dist.is_initialized():
             dist.all_reduce(sums)
         if sums[2] > 0:

@@ -211,6 +211,9 @@ def test_fp8_training_is_near_and_leaves_the_model_alone() -> None:
     assert ours[0] == pytest.approx(expected[0], rel=0.03)
     assert F.cosine_similarity(ours[1].float(), expected[1].float(), 0) > 0.97
     assert ours[0] != expected[0]
+    with packed.exact(), torch.no_grad():
+        assert packed.loss(rows) == expected[0]
+    assert packed.loss(rows).item() == pytest.approx(ours[0])
     with packed.original_weights():
         after = model.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
