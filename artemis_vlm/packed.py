@@ -315,6 +315,12 @@ class PackedModel:
             finally:
                 self.layers = in_8_bits
 
+    def leave_fp8(self) -> None:
+        """From now on computes with the decoder's own weights."""
+        if self.fp8:
+            logger.info("the decoder's linear layers compute in %s from here", self.model.language_model.dtype)
+            self.fp8, self.layers = False, self._decoder_layers(fp8=False)
+
     @contextmanager
     def original_weights(self) -> Iterator[None]:
         """Brings weights that wait on the host back for a while, for what runs Transformers' own layers."""

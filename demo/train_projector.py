@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=CONFIG.batch_size)
     parser.add_argument("--learning-rate", type=float, default=CONFIG.learning_rate)
     parser.add_argument("--frozen-precision", choices=("dtype", "fp8"), default="dtype")
+    parser.add_argument("--exact-share", type=float, default=CONFIG.exact_share)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     sources = graft.Sources(args.tower, args.decoder)
@@ -141,6 +142,7 @@ def main() -> None:
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         frozen_precision=args.frozen_precision,
+        exact_share=args.exact_share,
         max_steps=args.steps,
     )
     if not args.steps:

@@ -88,6 +88,8 @@ class TrainConfig:
     The projector's weights and moments are float32."""
     frozen_precision: str = "dtype"
     """Of the decoder's linear layers while training: `dtype`, or `fp8`, products in 8 bits; the export is not touched."""
+    exact_share: float = 0.1
+    """Share of the steps, the last ones, that compute in `dtype` again: the projector settles on what it is exported with."""
 
     eval_every: int = 0
     """Steps between evaluations; 0: at 0, 5, 20, 50, 75, 90 and 100 % of the steps."""
@@ -131,6 +133,8 @@ class TrainConfig:
             raise RunError(f"dtype is {self.dtype}; expected bfloat16, float32 or auto")
         if self.frozen_precision not in ("dtype", "fp8"):
             raise RunError(f"frozen_precision is {self.frozen_precision}; expected dtype or fp8")
+        if not 0 <= self.exact_share <= 1:
+            raise RunError(f"exact_share is {self.exact_share}; it is a share of the steps, from 0 to 1")
         if self.export not in ("model", "projector"):
             raise RunError(f"export is {self.export}; expected model or projector")
         if self.worker_label and "=" not in self.worker_label:
@@ -144,6 +148,11 @@ class TrainConfig:
     def eval_steps(self) -> frozenset[int]:
         shares = {round(share * self.steps) for share in EVAL_SHARES}
         return frozenset(shares | set(range(0, self.steps, self.eval_every)) if self.eval_every else shares)
+
+    @property
+    def exact_from(self) -> int:
+        """The number of updates after which fp8 ends."""
+        return round((1 - self.exact_share) * self.steps)
 
     @property
     def save_steps(self) -> int:
@@ -356,6 +365,8 @@ class Alignment:
         Every rank launches every step: one without a share, or told to stop before its share is computed, abandons it
         for all.
         """
+        if self.step >= self.config.exact_from:
+            self.packed.leave_fp8()
         self.optimizer.zero_grad(set_to_none=True)
         stream = torch.cuda.current_stream(self.device) if self._copies is not None else None
         if stream is not None and loaded is not None and loaded.ready is not None:
