@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from artemis_vlm.examples import Example
 from artemis_vlm.frozen import unpacked_attention
 from artemis_vlm.image import ImageSpec
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, normalize
-from artemis_vlm.packing import Example
 
 
 @torch.no_grad()

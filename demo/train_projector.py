@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import multiprocessing
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -26,11 +25,11 @@ import torch
 from safetensors.torch import save_file
 
 from artemis_vlm import chat, graft
-from artemis_vlm.packing import Example
+from artemis_vlm.examples import Example
 from demo.scenes import ALL_NAMES, scene
 from pipelines import align
-from pipelines.align import Alignment, Step, TrainConfig
-from pipelines.data import Encoder, Position, split
+from pipelines.align import Alignment, TrainConfig
+from pipelines.data import Encoder, Position, Step, never, split
 from pipelines.shards import RawSample
 
 CONFIG = TrainConfig(batch_size=64, learning_rate=2e-3, warmup=0.05, held_out=256, samples=10**6, micro_tokens=65_536)
@@ -69,7 +68,7 @@ class MemoryFeed:
         self.waiting: list[int] = []
         self.epoch = 0
 
-    def next(self, stopping: Callable[[], bool] = align.never) -> Step:
+    def next(self, stopping: Callable[[], bool] = never) -> Step:
         size = self.config.batch_size
         if len(self.waiting) < size:
             self.waiting = list(range(len(self.examples)))

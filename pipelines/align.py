@@ -14,20 +14,21 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from artemis_vlm.errors import RunError
+from artemis_vlm.examples import Example, split_by_tokens
 from artemis_vlm.frozen import compute_dtype
 from artemis_vlm.image import ImageSpec
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration
 from artemis_vlm.packed import PackedModel
-from artemis_vlm.packing import Example, PackedBatch, pack, split_by_tokens
+from artemis_vlm.packing import PackedBatch, pack
 from pipelines.checkpoint import Checkpoint
-from pipelines.data import Counts, DataEnded
+from pipelines.data import Counts, DataEnded, Feed, Step, never
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class TrainConfig:
     frozen_precision: str = "dtype"
     """Of the decoder's linear layers while training: `dtype`, or `fp8`, products in 8 bits; the export is not touched."""
     exact_share: float = 0.1
-    """Share of the steps, the last ones, that compute in `dtype` again: the projector settles on what it is exported with."""
+    """Share of the steps, the last ones, in `dtype` after fp8: the projector settles on the decoder it is exported with."""
 
     eval_every: int = 0
     """Steps between evaluations; 0: at 0, 5, 20, 50, 75, 90 and 100 % of the steps."""
@@ -190,40 +191,6 @@ DEMO: Final = TrainConfig(
     save_every=60,
     micro_tokens=4096,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one rank does in one step.
-
-    micro_batches: this rank's share of the step's samples
-    n_targets, uids: of the whole step, over all ranks
-    position: where the data stream stands after this step, as JSON
-    counts: seen, used and quarantined samples since the run began
-    quarantined: (uid, reason) of the samples passed over for this step
-    """
-
-    micro_batches: Sequence[Sequence[Example]]
-    n_targets: int
-    uids: Sequence[str]
-    position: Mapping[str, Any]
-    counts: Mapping[str, int]
-    quarantined: Sequence[tuple[str, str]] = ()
-
-
-class Feed(Protocol):
-    """Anything that hands out steps in order."""
-
-    def next(self, stopping: Callable[[], bool], /) -> Step | None:
-        """The next step; None if `stopping` came true before there was one.
-
-        Raises:
-            DataEnded: there will be none; every rank is told at the same step.
-        """
-
-
-def never() -> bool:
-    return False
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

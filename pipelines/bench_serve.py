@@ -34,10 +34,10 @@ from ray import serve as ray_serve
 from artemis_vlm import ArtemisVLMForConditionalGeneration, chat, graft
 from artemis_vlm.engines import EngineConfig, ImageEmbedding, ImageEncoder
 from artemis_vlm.errors import RunError
+from artemis_vlm.examples import Example
 from artemis_vlm.frozen import compute_dtype, use_packed_attention
 from artemis_vlm.generation import caption
 from artemis_vlm.image import decode_image, patchify
-from artemis_vlm.packing import Example
 from pipelines import openai, serve
 from pipelines.local import free_ports
 from pipelines.machine import machine

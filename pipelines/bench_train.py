@@ -32,13 +32,13 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from artemis_vlm import frozen
 from artemis_vlm.configuration import ArtemisVLMConfig
+from artemis_vlm.examples import Example
 from artemis_vlm.frozen import attend, unpacked_attention
 from artemis_vlm.image import ImageSpec
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, normalize, repeat_frame
-from artemis_vlm.packing import Example
 from pipelines import align
-from pipelines.align import Alignment, Step, TrainConfig
-from pipelines.data import split
+from pipelines.align import Alignment, TrainConfig
+from pipelines.data import Step, never, split
 from pipelines.machine import machine
 
 SPEC: Final = ImageSpec()
@@ -295,7 +295,7 @@ class Endless:
     def __init__(self, examples: Sequence[Example], batch_size: int, micro_tokens: int) -> None:
         self.examples, self.batch_size, self.micro_tokens = itertools.cycle(examples), batch_size, micro_tokens
 
-    def next(self, stopping: Callable[[], bool] = align.never) -> Step:
+    def next(self, stopping: Callable[[], bool] = never) -> Step:
         chosen = list(itertools.islice(self.examples, self.batch_size))
         targets = sum(e.n_targets for e in chosen)
         return Step(split(chosen, 1, self.micro_tokens)[0], targets, [e.uid for e in chosen], {}, {})

@@ -24,11 +24,11 @@ from transformers import PreTrainedTokenizerBase
 from artemis_vlm import ArtemisVLMForConditionalGeneration, chat, graft
 from artemis_vlm.configuration import ArtemisVLMConfig
 from artemis_vlm.errors import CheckpointError, RunError
+from artemis_vlm.examples import Example
 from artemis_vlm.frozen import compute_dtype, unpacked_attention
 from artemis_vlm.generation import caption
 from artemis_vlm.image import ImageSpec
 from artemis_vlm.modeling import normalize
-from artemis_vlm.packing import Example
 from pipelines.bootstrap import RESAMPLES, Array, draws
 from pipelines.data import Encoder, Position, permutation
 from pipelines.figures import FIGURES, Compared, Row, compare_figure, compared_json, shown

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from artemis_vlm.examples import Example
 from artemis_vlm.image import ImageSpec, Patches, unpatchify
-from artemis_vlm.packing import Example
 from pipelines.bootstrap import Interval
 from pipelines.compare import Comparison, SetResult
 from pipelines.figures import Compared, Difference, Figure, Row, shown

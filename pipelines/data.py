@@ -13,9 +13,9 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from artemis_vlm.chat import CaptionFrame
 from artemis_vlm.errors import RunError, SampleError
+from artemis_vlm.examples import Example, split_by_tokens
 from artemis_vlm.image import ImageSpec, decode_image, patchify
-from artemis_vlm.packing import Example, split_by_tokens
 from pipelines.shards import RawSample, Shard, find_shards, open_rows
 
 logger = logging.getLogger(__name__)
@@ -328,3 +328,40 @@ def position_from(state: Mapping[str, Any] | None) -> Position:
 
 def position_json(position: Position) -> dict[str, int]:
     return asdict(position)
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one rank does in one step.
+
+    micro_batches: this rank's share of the step's samples
+    n_targets, uids: of the whole step, over all ranks
+    position: where the data stream stands after this step, as JSON
+    counts: seen, used and quarantined samples since the run began
+    quarantined: (uid, reason) of the samples passed over for this step
+    """
+
+    micro_batches: Sequence[Sequence[Example]]
+    n_targets: int
+    uids: Sequence[str]
+    position: Mapping[str, Any]
+    counts: Mapping[str, int]
+    quarantined: Sequence[tuple[str, str]] = ()
+
+
+class Feed(Protocol):
+    """Anything that hands out steps in order."""
+
+    def next(self, stopping: Callable[[], bool], /) -> Step | None:
+        """The next step; None if `stopping` came true before there was one.
+
+        Raises:
+            DataEnded: there will be none; every rank is told at the same step.
+        """
+
+
+def never() -> bool:
+    return False

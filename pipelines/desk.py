@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from artemis_vlm import graft
 from artemis_vlm.errors import RunError
+from artemis_vlm.examples import Example
 from artemis_vlm.generation import caption
 from artemis_vlm.image import PREPROCESSOR_FILE
-from artemis_vlm.packing import Example
 from pipelines import card, report
 from pipelines.align import Alignment, TrainConfig, differences
 from pipelines.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,9 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.exceptions import RayTaskError
 
+from artemis_vlm import LIGHT
 from artemis_vlm.errors import RunError
-from artemis_vlm.packing import Example
-from pipelines.align import Step, TrainConfig, never
+from artemis_vlm.examples import Example
 from pipelines.data import (
     Candidate,
     Counts,
@@ -38,15 +38,20 @@ from pipelines.data import (
     Encoder,
     Position,
     Source,
+    Step,
     Turn,
     batches,
     check_not_empty,
     first_examples,
+    never,
     position_from,
     position_json,
     split,
 )
 from pipelines.shards import RawSample, Shard
+
+if TYPE_CHECKING:
+    from pipelines.align import TrainConfig
 
 Row = tuple[Any, ...]
 
@@ -62,6 +67,9 @@ PLAN_TURNS: Final = 256
 STEPS_READY: Final = 4
 #: Between two turns of Ray Data's loop.
 LOOP_PAUSE_S: Final = 0.02
+#: Of the processes that read, decode and deal. They need neither torch nor the model's classes, whose import would take
+#: three quarters of their start; what a feeder starts has it too.
+DATA_ONLY: Final = {"env_vars": {LIGHT: "1"}}
 #: In place of a row: reading ended here, `error` says why.
 END: Final = -1
 
@@ -277,7 +285,8 @@ class Feeder:
 
     def __init__(
         self,
-        config: TrainConfig,
+        batch_size: int,
+        max_bad_share: float,
         source: Source,
         encoder: Encoder,
         state: Mapping[str, Any],
@@ -289,7 +298,7 @@ class Feeder:
         _hush_ray_data()
         self.ranks, self.micro_tokens = ranks, state["micro_tokens"]
         stream = ray_candidates(source, encoder, position_from(state["position"]), decoders, decoder_cpus, nodes)
-        self._batches = batches(stream, config.batch_size, Counts(**state["counts"]), config.max_bad_share)
+        self._batches = batches(stream, batch_size, Counts(**state["counts"]), max_bad_share)
         self._steps: deque[list[Step | None]] = deque()
         self._first = 0  # number of the oldest step kept
         self._error: Exception | None = None
@@ -385,7 +394,7 @@ class HeldOut:
             shown: how many of them also go to the captions of the report.
         """
         where = {"label_selector": dict(nodes)} if nodes else {}
-        task = ray.remote(_held_out).options(num_returns=ranks + 1, num_cpus=0, **where)
+        task = ray.remote(_held_out).options(num_returns=ranks + 1, num_cpus=0, runtime_env=DATA_ONLY, **where)
         *self._shares, self._shown = task.remote(shards, encoder, count, shown, ranks)
 
     def share(self, rank: int) -> list[Example]:
@@ -419,8 +428,12 @@ def start_feeder(
     """Starts a feeder that lives as long as this process wants it; returns its name, for the other ranks."""
     name = f"feeder-{uuid.uuid4().hex}"
     decoders, cpus = _decoders(config.decode_workers, ranks, nodes)
-    options = {"name": name, "num_cpus": 0, "max_concurrency": 4 * ranks + 2}
-    handle = ray.remote(Feeder).options(**options).remote(config, source, encoder, state, ranks, decoders, cpus, nodes)
+    options = {"name": name, "num_cpus": 0, "max_concurrency": 4 * ranks + 2, "runtime_env": DATA_ONLY}
+    handle = (
+        ray.remote(Feeder)
+        .options(**options)
+        .remote(config.batch_size, config.max_bad_share, source, encoder, state, ranks, decoders, cpus, nodes)
+    )
     _OWNED.append(handle)
     return name
 

@@ -14,8 +14,8 @@ from typing import Any, Final
 from PIL import Image
 
 from artemis_vlm.errors import SampleError
+from artemis_vlm.examples import Example
 from artemis_vlm.image import ImageSpec, Patches, decode_image, unpatchify
-from artemis_vlm.packing import Example
 from pipelines.align import EVAL_SHARES, TrainConfig
 
 METRICS_FILE: Final = "metrics.jsonl"

@@ -28,9 +28,9 @@ from transformers import AutoTokenizer
 
 from artemis_vlm import RunError, graft
 from pipelines import align, data
-from pipelines.align import Alignment, Step, TrainConfig
+from pipelines.align import Alignment, TrainConfig
 from pipelines.checkpoint import CheckpointStore
-from pipelines.data import Counts, position_from, position_json
+from pipelines.data import Counts, Step, never, position_from, position_json
 from pipelines.desk import Desk, claim, earlier_run
 from pipelines.inputs import Data, Parts
 from pipelines.shards import RawSample
@@ -95,7 +95,7 @@ class Feed:
         self.micro_tokens = state["micro_tokens"]
         self.ids = Path(config.output, "ids.jsonl")
 
-    def next(self, stopping: Callable[[], bool] = align.never) -> Step:
+    def next(self, stopping: Callable[[], bool] = never) -> Step:
         batch = next(self.batches)
         uids = [e.uid for e in batch.examples]
         with self.ids.open("a") as ids:
@@ -110,7 +110,7 @@ def encoder_of(tokenizer: Path) -> Folded:
     return Folded(encoder.spec, encoder.tokenizer, encoder.frame, encoder.max_tokens)
 
 
-def train(config: TrainConfig, encoder: data.Encoder, stopping: Callable[[], bool] = align.never) -> Alignment:
+def train(config: TrainConfig, encoder: data.Encoder, stopping: Callable[[], bool] = never) -> Alignment:
     """What `pipelines.train` does on one rank, with a tiny model in place of a loaded one."""
     model = tiny_a3()
     model.set_training_stage("stage1")

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
 from artemis_vlm import ArtemisVLMConfig, ArtemisVLMForConditionalGeneration, ImageSpec
+from artemis_vlm.examples import Example
 from artemis_vlm.modeling import normalize, repeat_frame
-from artemis_vlm.packing import Example
 
 IMAGE_ID = 22
 SPEC = ImageSpec()

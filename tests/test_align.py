@@ -18,11 +18,11 @@ import torch.multiprocessing
 from models import SPEC, random_example, tiny_a3
 
 from artemis_vlm import CheckpointError, RunError
-from artemis_vlm.packing import Example
+from artemis_vlm.examples import Example
 from pipelines import align
-from pipelines.align import A3, A3_PREVIEW, DEMO, Alignment, Step, TrainConfig
+from pipelines.align import A3, A3_PREVIEW, DEMO, Alignment, TrainConfig
 from pipelines.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore
-from pipelines.data import DataEnded, split
+from pipelines.data import DataEnded, Step, never, split
 
 CONFIG = TrainConfig(samples=49, held_out=1, batch_size=8, dtype="float32", save_every=1, learning_rate=1e-2)
 
@@ -39,7 +39,7 @@ class Examples:
     def __init__(self, start: int, rank: int = 0, world: int = 1, micro_tokens: int = 60) -> None:
         self.step, self.rank, self.world, self.micro_tokens = start, rank, world, micro_tokens
 
-    def next(self, stopping: Callable[[], bool] = align.never) -> Step:
+    def next(self, stopping: Callable[[], bool] = never) -> Step:
         examples = step_examples(self.step)
         self.step += 1
         share = split(examples, self.world, self.micro_tokens)[self.rank]
@@ -168,7 +168,7 @@ def test_micro_tokens_are_decided_once_and_a_flag_overrides(tmp_path: Path) -> N
 
 def test_the_next_step_is_loaded_while_this_one_runs_and_cannot_take_it_along() -> None:
     class Ending(Examples):
-        def next(self, stopping: Callable[[], bool] = align.never) -> Step:
+        def next(self, stopping: Callable[[], bool] = never) -> Step:
             if self.step == 2:
                 raise DataEnded("the data ended", [])
             return super().next()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from artemis_vlm import LIGHT
 
 ROOT = Path(__file__).parent.parent
 #: Top-level modules that each room must not import.
@@ -50,4 +53,14 @@ def test_the_model_package_needs_no_ray() -> None:
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'ray', 'datasets', 's3fs'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_what_prepares_data_starts_without_torch() -> None:
+    """The processes that feeders start; `pipelines.feed` says so to Ray."""
+    code = "import sys, pipelines.feed; print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'accelerate'}))"
+    environment = os.environ | {LIGHT: "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
+    )
     assert done.stdout.strip() == "[]"

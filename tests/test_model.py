@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from models import IMAGE_ID, SPEC, model_inputs, random_example, tiny_a3, tiny_config
 
 from artemis_vlm import ArtemisVLMConfig, ArtemisVLMForConditionalGeneration, SampleError
+from artemis_vlm.examples import split_by_tokens
 from artemis_vlm.frozen import frozen_head_cross_entropy, unpacked_attention, use_packed_attention
 from artemis_vlm.modeling import normalize, packed_loss
-from artemis_vlm.packing import pack, split_by_tokens
+from artemis_vlm.packing import pack
 
 
 def examples(seed: int = 0) -> list:

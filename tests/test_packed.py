@@ -14,10 +14,11 @@ from models import IMAGE_ID, SPEC, random_example, tiny_a3
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from artemis_vlm import RunError, frozen
+from artemis_vlm.examples import Example
 from artemis_vlm.frozen import Fp8Weight, check_fp8, frozen_linear, quantize_rows, use_packed_attention
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, packed_features, packed_loss
 from artemis_vlm.packed import PackedModel
-from artemis_vlm.packing import Example, PackedBatch, pack
+from artemis_vlm.packing import PackedBatch, pack
 
 MAX_TOKENS = 64
 
