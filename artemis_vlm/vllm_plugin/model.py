@@ -39,9 +39,9 @@ class Projector(nn.Module):
     def __init__(self, config: ArtemisVLMConfig, prefix: str) -> None:
         super().__init__()
         inside, outside = config.vision_config.out_hidden_size, config.text_config.hidden_size
-        self.fc1 = ColumnParallelLinear(inside, outside, prefix=f"{prefix}.fc1")
-        self.act = get_act_fn(config.projector_hidden_act)
-        self.fc2 = RowParallelLinear(outside, outside, prefix=f"{prefix}.fc2")
+        self.fc1: Any = ColumnParallelLinear(inside, outside, prefix=f"{prefix}.fc1")
+        self.act: Any = get_act_fn(config.projector_hidden_act)
+        self.fc2: Any = RowParallelLinear(outside, outside, prefix=f"{prefix}.fc2")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(V, out_hidden) to (V, H)."""
@@ -49,7 +49,7 @@ class Projector(nn.Module):
         return projected
 
 
-@MULTIMODAL_REGISTRY.register_processor(MultiModalProcessor, info=ProcessingInfo, dummy_inputs=DummyInputs)  # type: ignore[untyped-decorator]
+@MULTIMODAL_REGISTRY.register_processor(MultiModalProcessor, info=ProcessingInfo, dummy_inputs=DummyInputs)
 class ArtemisVLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):  # type: ignore[misc]
     """Keys as in the folder: `visual.*`, `multi_modal_projector.fc1/fc2.*`, `language_model.*`.
 
@@ -78,10 +78,10 @@ class ArtemisVLMForConditionalGeneration(nn.Module, SupportsMultiModal, Supports
         self.shards_images = vllm_config.model_config.multimodal_config.mm_encoder_tp_mode == "data"
         vision = copy.deepcopy(self.config.vision_config)
         vision.deepstack_visual_indexes = []
-        with self._mark_tower_model(vllm_config, "image"):
-            self.visual = Qwen3_VisionTransformer(vision, prefix=maybe_prefix(prefix, "visual"))
-            self.multi_modal_projector = Projector(self.config, maybe_prefix(prefix, "multi_modal_projector"))
-        with self._mark_language_model(vllm_config):
+        with self._mark_tower_model(vllm_config, "image"):  # type: ignore[operator]
+            self.visual: Any = Qwen3_VisionTransformer(vision, prefix=maybe_prefix(prefix, "visual"))
+            self.multi_modal_projector: Any = Projector(self.config, maybe_prefix(prefix, "multi_modal_projector"))
+        with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=self.config.text_config,
@@ -116,8 +116,7 @@ class ArtemisVLMForConditionalGeneration(nn.Module, SupportsMultiModal, Supports
         else:
             features = self.multi_modal_projector(self.visual(pixel_values, grid_thw=image_grid_thw))
         counts = image_grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2
-        split: tuple[torch.Tensor, ...] = features.split(counts.tolist())
-        return split
+        return torch.split(features, counts.tolist())
 
     def forward(
         self,

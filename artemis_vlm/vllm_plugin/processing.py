@@ -28,9 +28,7 @@ class ArtemisVLMProcessor(processing.ArtemisVLMProcessor):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> ArtemisVLMProcessor:
         found: ArtemisVLMProcessor = super().from_pretrained(*args, **kwargs)
         if isinstance(found.chat_template, str):
-            found.chat_template = chat.with_habits(
-                found.chat_template, found.image_turn_thinking, found.max_images_per_turn
-            )
+            found.chat_template = chat.with_habits(found.chat_template, found.image_turn_thinking, found.max_images_per_turn)
         return found
 
 

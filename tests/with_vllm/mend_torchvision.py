@@ -18,7 +18,8 @@ _schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
 """
 
 package = find_spec("torchvision")
-assert package is not None and package.origin is not None
+assert package is not None
+assert package.origin is not None
 file = Path(package.origin).parent / "_meta_registrations.py"
 text = file.read_text()
 if not text.startswith(SCHEMAS):
