@@ -277,7 +277,7 @@ class VllmEngine:
 def _told(error: BaseException) -> ArtemisError:
     """What went wrong in a request, as the caller is told."""
     told: ArtemisError
-    if isinstance(error, VLLMValidationError):
+    if isinstance(error, (VLLMValidationError, ValueError)):  # the one is the other up to 0.24
         told = SampleError(f"vLLM refuses the request: {error}")
     else:
         cause = error.__cause__ or error  # vLLM wraps what it did not expect
