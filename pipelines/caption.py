@@ -37,7 +37,7 @@ from ray.data import ActorPoolStrategy, DataContext, Datasource, ExecutionResour
 from ray.data.block import BlockMetadata
 
 from artemis_vlm import chat, engines, graft, tensorfile
-from artemis_vlm.engines import DecoderEngine, EngineConfig, ImageEmbedding, ImageEncoder, SamplingParams
+from artemis_vlm.engines import EngineConfig, EngineKind, ImageEmbedding, ImageEncoder, SamplingParams
 from artemis_vlm.errors import ArtemisError, RunError, SampleError
 from artemis_vlm.frozen import compute_dtype
 from artemis_vlm.image import PREPROCESSOR_FILE, ImageSpec, Patches, decode_image, patchify
@@ -127,8 +127,14 @@ class CaptionConfig:
     """Of encoder and engine: cpu or cuda."""
     part_rows: int = 2000
     """Rows of an output file; what a kill costs at most, beside what was on its way."""
+    engine_kind: EngineKind = "auto"
+    """transformers, vllm, or auto: vllm on a GPU where it is installed."""
     slots: int = 8
     """Captions that an engine writes at once."""
+    quantization: Literal["none", "fp8"] = "none"
+    """fp8 computes the decoder's linear layers in 8 bits (vllm)."""
+    gpu_memory: float = 0.85
+    """Share of the card that vllm takes for the decoder's weights and cache; the encoder needs room beside it."""
     threads: int = 0
     """CPU threads of each encoder and engine without a GPU; 0: the machine's cores."""
     decode: Pool = field(default_factory=lambda: Pool(max_size=2))
@@ -316,9 +322,8 @@ class Caption:
         self.config, self.dtype, self.hidden = job.config, job.torch_dtype, config.text_config.hidden_size
         self.frame = chat.CaptionFrame.build(tokenizer, job.config.prompt, thinking)
         self.thinks = thinking is not False
-        self.engine: DecoderEngine = engines.TransformersEngine.load(
-            folder, engine_config(job.config, job.spec(folder), self.frame), self.dtype, job.config.device
-        )
+        bounds = engine_config(job.config, job.spec(folder), self.frame)
+        self.engine = engines.load_engine(folder, bounds, self.dtype, job.config.device)
         self._numbers = itertools.count()
 
     async def __call__(self, table: pa.Table) -> pa.Table:
@@ -364,7 +369,9 @@ def engine_config(config: CaptionConfig, spec: ImageSpec, frame: chat.CaptionFra
     return EngineConfig(
         slots=config.slots,
         max_length=len(frame.prompt(image_tokens)) + config.max_tokens,
-        step_tokens=max(512, 2 * config.slots),
+        kind=config.engine_kind,
+        quantization=config.quantization,
+        gpu_memory=config.gpu_memory,
     )
 
 
@@ -427,9 +434,11 @@ def run_identity(config: CaptionConfig, model: ModelFolder, shards: Sequence[Pic
     """What must be the same for an output to be continued: all that decides its rows."""
     files = [Shard(s.name if not s.files else "\n".join((s.name, *s.files)), s.uri) for s in shards]
     same = ("prompt", "max_tokens", "temperature", "seed", "max_pixels", "format", "part_rows")
+    quantized = {} if config.quantization == "none" else {"quantization": config.quantization}
     return {
         "model": fingerprint(model.path),
         **{name: getattr(config, name) for name in same},
+        **quantized,
         "dtype": dtype,
         "input": data_identity(files),
     }

@@ -35,7 +35,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.util import metrics
 
 from artemis_vlm import chat, engines
-from artemis_vlm.engines import DecoderEngine, EngineConfig, EngineStats, ImageEmbedding, ImageEncoder, SamplingParams
+from artemis_vlm.engines import EngineConfig, EngineStats, ImageEmbedding, ImageEncoder, SamplingParams
 from artemis_vlm.errors import RunError, SampleError
 from artemis_vlm.frozen import compute_dtype
 from artemis_vlm.graft import load_config, load_tokenizer
@@ -233,9 +233,7 @@ class Decoder:
         added = self.tokenizer.get_added_vocab()
         self.think_tokens = added.get("<think>", -1), added.get("</think>", -1)
         self.eyes = Eyes(config) if config.colocate else None
-        self.engine: DecoderEngine = engines.TransformersEngine.load(
-            folder, config.engine, config.torch_dtype, config.device
-        )
+        self.engine = engines.load_engine(folder, config.engine, config.torch_dtype, config.device)
         self.gauges = {
             name: metrics.Gauge(f"a3_engine_{name}", text)
             for name, text in (

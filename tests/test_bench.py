@@ -44,6 +44,8 @@ def test_a_bare_gpu_machine_can_run_it() -> None:
     absent = ("ray", "tyro", "datasets", "s3fs", "mistral_common")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import jobs.bench, pipelines.bench_train"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
+    code = f"import sys; sys.modules.update(dict.fromkeys({(*absent, 'pyarrow')})); import pipelines.bench_vllm"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
 
 
 def test_a_variant_that_fails_is_told_and_the_others_run(

@@ -6,12 +6,22 @@ import json
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from artemis_vlm import RunError, SampleError
-from artemis_vlm.chat import CaptionFrame, caption_messages, encode_example, encode_prompt, encode_text, turn_end
+from artemis_vlm.chat import (
+    CaptionFrame,
+    caption_messages,
+    encode_example,
+    encode_prompt,
+    encode_text,
+    image_thinking,
+    turn_end,
+    with_habits,
+)
 
 IMAGE_ID = 22
 TOOLS = [
@@ -150,3 +160,24 @@ def test_a_tokenizer_without_the_placeholder_is_refused() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "?": 1}, unk_token="?")), unk_token="?")
     with pytest.raises(RunError, match=r"no <\|image_pad\|> token"):
         CaptionFrame.build(bare, "x", None)
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+@pytest.mark.parametrize("habit", [True, False])
+def test_a_template_with_habits_needs_no_help(tokenizer: PreTrainedTokenizerBase, habit: bool, given: bool | None) -> None:
+    """What vLLM renders by itself: image turns as the checkpoint, text turns as the template, both as the caller says."""
+    template = with_habits(tokenizer.chat_template, habit, 1)
+    picture = caption_messages("Describe this image.")
+    for messages in [*BENIGN, picture, [*picture, {"role": "assistant", "content": "A cat."}, *picture]]:
+        images = sum(m["content"] != [] and not isinstance(m["content"], str) and "image" in str(m) for m in messages)
+        options = {} if given is None else {"enable_thinking": given}
+        own = tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, return_dict=False, **options
+        )
+        thinking = image_thinking(images > 0, habit) if given is None else given
+        assert own == encode_prompt(tokenizer, messages, image_tokens=[1] * images, enable_thinking=thinking)
+    two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
+    with pytest.raises(TemplateError, match="a turn holds 2 images; this model takes at most 1 in a turn"):
+        tokenizer.apply_chat_template(two, chat_template=template)
+    roomy = with_habits(tokenizer.chat_template, habit, 2)
+    assert tokenizer.apply_chat_template(two, chat_template=roomy, tokenize=False).count("<|image_pad|>") == 2

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +31,14 @@ from artemis_vlm.engines import (
     SamplingParams,
     TransformersEngine,
     complete,
+    engine_kind,
+    load_engine,
 )
 from artemis_vlm.engines.text import AnswerText
 from artemis_vlm.engines.transformers import Answer, StepBatch, draw
 from artemis_vlm.image import Patches
 from artemis_vlm.modeling import normalize
+from artemis_vlm.vllm_plugin import announce
 
 CONFIG = EngineConfig(slots=3, max_length=96, step_tokens=16)
 GRIDS = [(4, 6), (2, 2), (0, 0), (8, 4), (0, 0), (2, 14)]
@@ -178,15 +184,54 @@ def test_what_does_not_fit_is_refused(batch: StepBatch, cases: list[Case], token
         batch.check_fits(replace(request, sampling=SamplingParams(max_tokens=90)))
     with pytest.raises(SampleError, match="6 image placeholder tokens for 0 image features"):
         batch.check_fits(replace(request, images=()))
+    narrow = tuple(replace(image, embeds=image.embeds[:, :3]) for image in request.images)
+    with pytest.raises(SampleError, match="image features of width 3; this decoder takes 32"):
+        batch.check_fits(replace(request, images=narrow))
     with pytest.raises(SampleError, match="the prompt is empty"):
         batch.check_fits(replace(request, prompt_ids=(), images=()))
     with pytest.raises(RunError, match="step_tokens is 8"):
         EngineConfig(slots=8, step_tokens=8)
     with pytest.raises(RunError, match="attends to 131072 tokens at most"):
         StepBatch(batch.decoder, tokenizer, 22, EngineConfig(max_length=200_000))
+    for bounds in ({"kind": "sglang"}, {"slots": 0}, {"quantization": "int4"}, {"gpu_memory": 1.0}):
+        with pytest.raises(RunError):
+            EngineConfig(**bounds)
     for wrong in ({"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"stop": ("",)}):
         with pytest.raises(SampleError):
             SamplingParams(**{"max_tokens": 1} | wrong)
+
+
+def test_the_engine_is_chosen_in_one_place(
+    a3: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("artemis_vlm.engines.find_spec", lambda name: None)
+    caplog.set_level("INFO")
+    engine = load_engine(a3, CONFIG, torch.float32)
+    engine.close()
+    assert isinstance(engine, TransformersEngine)
+    assert "the decoder runs on the transformers engine (asked for: auto, device cpu)" in caplog.text
+    assert engine_kind("auto", "cuda") == "transformers"
+    with pytest.raises(RunError, match=r"the engine is vllm, which is not installed here; pip install"):
+        load_engine(a3, EngineConfig(kind="vllm"))
+    with pytest.raises(RunError, match="quantization is fp8; the transformers engine has none"):
+        load_engine(a3, EngineConfig(quantization="fp8"))
+    monkeypatch.setattr("artemis_vlm.engines.find_spec", lambda name: ModuleSpec(name, None, origin="vllm/__init__.py"))
+    assert (engine_kind("auto", "cuda:0"), engine_kind("auto", "cpu")) == ("vllm", "transformers")
+    assert engine_kind("transformers", "cuda") == "transformers"
+
+
+def test_vllm_finds_the_plugin_of_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("artemis_vlm.vllm_plugin.entry_points", lambda group: ())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setattr("sys.path", [*sys.path])
+    announce()
+    code = "import importlib.metadata as m; print([p.value for p in m.entry_points(group='vllm.general_plugins')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "artemis_vlm.vllm_plugin:register" in done.stdout
+    code = "import sys, artemis_vlm.engines, artemis_vlm.vllm_plugin; print('vllm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 # --- the thread and its streams --------------------------------------------------------------------------------------

@@ -55,9 +55,11 @@ def test_its_metadata(wheel: Path) -> None:
         info = f"artemis_vlm-{__version__}.dist-info"
         fields = email.message_from_bytes(opened.read(f"{info}/METADATA"))
         assert b"Apache License" in opened.read(f"{info}/licenses/LICENSE")
+        points = opened.read(f"{info}/entry_points.txt").decode()
+    assert points == "[vllm.general_plugins]\nartemis_vlm = artemis_vlm.vllm_plugin:register\n"
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Requires-Python"] == ">=3.11"
-    assert set(fields.get_all("Provides-Extra", [])) >= {"ray", "demo", "dev"}
+    assert set(fields.get_all("Provides-Extra", [])) >= {"ray", "demo", "dev", "vllm"}
     base = {line.split(">")[0].split("<")[0] for line in fields.get_all("Requires-Dist", []) if "extra" not in line}
     assert base == {"torch", "transformers", "pillow", "numpy", "accelerate"}
     assert fields.get_payload().startswith("# A3 on Ray")

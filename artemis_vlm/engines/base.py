@@ -1,7 +1,8 @@
 """What an engine is: prompts and image embeddings in, tokens and text out, many requests at once.
 
-Serving and captioning speak to this protocol; `transformers.py` implements it without a GPU. It follows the shape of
-vLLM's `AsyncLLM.generate`: an asynchronous stream for each request, ended early by closing it.
+Serving and captioning speak to this protocol. It follows the shape of
+vLLM's `AsyncLLM.generate`: an asynchronous stream for each request, ended early by closing it. `transformers.py` and
+`vllm.py` implement it.
 
 Shapes: V image tokens, H decoder hidden size.
 """
@@ -10,14 +11,50 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from artemis_vlm.errors import SampleError
+from artemis_vlm.errors import RunError, SampleError
 
+EngineKind = Literal["auto", "transformers", "vllm"]
 FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Which engine, and its bounds, which together fix its memory.
+
+    kind: auto takes vLLM where it is installed and computes on a GPU, else Transformers
+    slots: requests that run at once
+    max_length: tokens of a request, prompt and answer together
+    step_tokens: tokens in one step at most; what decoding leaves of it goes to prompts. None takes what suits the engine
+    quantization: fp8 computes the decoder's linear layers in 8 bits (vLLM alone)
+    gpu_memory: share of the card that vLLM takes for weights and cache, whatever else is on it
+    """
+
+    kind: EngineKind = "auto"
+    slots: int = 8
+    max_length: int = 1024
+    step_tokens: int | None = None
+    quantization: Literal["none", "fp8"] = "none"
+    gpu_memory: float = 0.85
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(EngineKind):
+            raise RunError(f"the engine is {self.kind}; expected one of {', '.join(get_args(EngineKind))}")
+        if self.slots < 1 or self.max_length < 2:
+            raise RunError(f"an engine needs 1 slot of 2 tokens at least; got {self.slots} of {self.max_length}")
+        if self.step_tokens is not None and self.step_tokens <= self.slots:
+            raise RunError(
+                f"step_tokens is {self.step_tokens}; it must be above the {self.slots} slots, or no prompt starts"
+            )
+        if self.quantization not in ("none", "fp8"):
+            raise RunError(f"quantization is {self.quantization}; expected none or fp8")
+        if not 0 < self.gpu_memory < 1:
+            raise RunError(f"gpu_memory is {self.gpu_memory}; it must be between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +195,28 @@ class DecoderEngine(Protocol):
 
     def close(self) -> None:
         """Cancels everything and frees the memory."""
+
+
+def check_fits(request: Request, max_length: int, image_token_id: int, hidden_size: int) -> None:
+    """Raises SampleError when a request is too long, or its placeholders or its decoder do not fit its images."""
+    prompt, new = len(request.prompt_ids), request.sampling.max_tokens
+    if not prompt:
+        raise SampleError("the prompt is empty")
+    if prompt + new > max_length:
+        raise SampleError(f"the prompt has {prompt} tokens and max_tokens is {new}; together they may be {max_length}")
+    placeholders = request.prompt_ids.count(image_token_id)
+    features = sum(len(image.embeds) for image in request.images)
+    if placeholders != features:
+        raise SampleError(f"{placeholders} image placeholder tokens for {features} image features")
+    for image in request.images:
+        if image.embeds.shape[1] != hidden_size:
+            raise SampleError(f"image features of width {image.embeds.shape[1]}; this decoder takes {hidden_size}")
+
+
+def end_tokens(eos_token_id: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Where plain `generate` would stop: what the generation configuration says, else the tokenizer's end of sequence."""
+    ends = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
+    return frozenset([ends] if isinstance(ends, int) else ends or [])
 
 
 async def complete(engine: DecoderEngine, request: Request) -> Completion:

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,18 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from artemis_vlm import graft
-from artemis_vlm.engines.base import Delta, EngineStats, FinishReason, Request, SamplingParams
+from artemis_vlm.engines.base import (
+    Delta,
+    EngineConfig,
+    EngineStats,
+    FinishReason,
+    Request,
+    SamplingParams,
+    check_fits,
+    end_tokens,
+)
 from artemis_vlm.engines.text import AnswerText
-from artemis_vlm.errors import RunError, SampleError
+from artemis_vlm.errors import RunError
 from artemis_vlm.modeling import splice
 
 logger = logging.getLogger(__name__)
@@ -40,30 +49,10 @@ logger = logging.getLogger(__name__)
 #: Name of `slot_attention` among Transformers' attention functions. It has no mask function of that name, which is how
 #: a decoder is told to make no mask.
 SLOT_ATTENTION: Final = "artemis_slots"
+#: Tokens in one step unless the configuration says.
+STEP_TOKENS: Final = 512
 #: Most likely tokens looked at before the whole vocabulary is sorted for top_p.
 TOP_P_FIRST: Final = 256
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Bounds of an engine; together they fix its memory.
-
-    slots: requests that run at once
-    max_length: tokens of a request, prompt and answer together
-    step_tokens: tokens in one step at most; what decoding leaves of it goes to prompts
-    """
-
-    slots: int = 8
-    max_length: int = 1024
-    step_tokens: int = 512
-
-    def __post_init__(self) -> None:
-        if self.slots < 1 or self.max_length < 2:
-            raise RunError(f"an engine needs 1 slot of 2 tokens at least; got {self.slots} of {self.max_length}")
-        if self.step_tokens <= self.slots:
-            raise RunError(
-                f"step_tokens is {self.step_tokens}; it must be above the {self.slots} slots, or no prompt starts"
-            )
 
 
 class TransformersEngine:
@@ -336,7 +325,8 @@ class StepBatch:
         _check_decoder(decoder, config)
         decoder.config._attn_implementation = SLOT_ATTENTION
         self.decoder, self.config, self.image_token_id = decoder.eval(), config, image_token_id
-        self.ends = _end_tokens(decoder, tokenizer)
+        self.step_tokens = config.step_tokens or max(STEP_TOKENS, 2 * config.slots)
+        self.ends = end_tokens(decoder.generation_config.eos_token_id, tokenizer)
         self.cache = SlotCache(decoder, config)
         self.waiting: deque[Answer] = deque()
         self.running: list[Answer] = []
@@ -349,18 +339,8 @@ class StepBatch:
         return bool(self.running or self.waiting)
 
     def check_fits(self, request: Request) -> None:
-        """Raises SampleError when the request is too long, or placeholders and image features differ in number."""
-        prompt, new = len(request.prompt_ids), request.sampling.max_tokens
-        if not prompt:
-            raise SampleError("the prompt is empty")
-        if prompt + new > self.config.max_length:
-            raise SampleError(
-                f"the prompt has {prompt} tokens and max_tokens is {new}; together they may be {self.config.max_length}"
-            )
-        placeholders = request.prompt_ids.count(self.image_token_id)
-        features = sum(len(image.embeds) for image in request.images)
-        if placeholders != features:
-            raise SampleError(f"{placeholders} image placeholder tokens for {features} image features")
+        """Raises SampleError when a request does not fit."""
+        check_fits(request, self.config.max_length, self.image_token_id, self.decoder.config.hidden_size)
 
     def change(self, changes: Sequence[Answer | str]) -> None:
         """Takes answers in, and cancels those with an id, in order."""
@@ -445,7 +425,7 @@ class StepBatch:
         slots, positions = [a.slot for a in decoding], [a.cached for a in decoding]
         spans: list[Span] = []
         for answer in self.running:
-            room = min(self.config.step_tokens - len(slots), answer.prompt_left)
+            room = min(self.step_tokens - len(slots), answer.prompt_left)
             if answer.prompt is None or room <= 0:
                 continue
             spans.append(Span(answer, len(slots), len(slots) + room, answer.cached))
@@ -536,11 +516,5 @@ def _check_decoder(decoder: PreTrainedModel, config: EngineConfig) -> None:
     )
     if config.max_length > limit:
         raise RunError(f"max_length is {config.max_length}; this decoder attends to {limit} tokens at most")
-
-
-def _end_tokens(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Where plain `generate` would stop."""
-    ends = cast("int | list[int] | None", decoder.generation_config.eos_token_id)
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    return frozenset([ends] if isinstance(ends, int) else ends or [])
+    if config.quantization != "none":
+        raise RunError(f"quantization is {config.quantization}; the transformers engine has none, choose the vllm engine")
