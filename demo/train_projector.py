@@ -1,6 +1,6 @@
 """Trains the projector that the repo ships: the training loop of `jobs/train_a3.py` on one GPU, all names.
 
-    python -m demo.train_projector --decoder FOLDER --output DIR --scenes 60000 --minutes 8
+    python -m demo.train_projector --decoder FOLDER --output DIR --scenes 60000 --minutes 7
 
 Scenes are painted first, by a process for each core, through JPEG and back as if they came from a shard, and kept in
 memory: painting while training would starve the GPU. Without Ray, because the machine it ran on had none. Steps are
@@ -32,7 +32,7 @@ from pipelines.align import Alignment, TrainConfig
 from pipelines.data import Encoder, Position, Step, never, split
 from pipelines.shards import RawSample
 
-CONFIG = TrainConfig(batch_size=64, learning_rate=2e-3, warmup=0.05, held_out=256, samples=10**6, micro_tokens=65_536)
+CONFIG = TrainConfig(batch_size=64, learning_rate=5e-3, warmup=0.05, held_out=256, samples=10**6, micro_tokens=65_536)
 PROBE_STEPS = 30
 _encoder: Encoder
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--decoder", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=60_000)
-    parser.add_argument("--minutes", type=float, default=8.0, help="of training, once the scenes are painted")
+    parser.add_argument("--minutes", type=float, default=7.0, help="of training, once the scenes are painted")
     parser.add_argument("--steps", type=int, default=0, help="0: as many as fit the minutes")
     parser.add_argument("--batch-size", type=int, default=CONFIG.batch_size)
     parser.add_argument("--learning-rate", type=float, default=CONFIG.learning_rate)
