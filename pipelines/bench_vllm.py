@@ -341,8 +341,10 @@ def measure_separate(bed: Bed, part: str) -> None:
     with _engine(bed, part) as engine, asyncio.Runner() as loop:
         for count in bed.bench.concurrency:
             with bed.report.guarded(f"{part} decode {count}"):
-                decode = [_engine_decode(bed, engine, loop, count) for _ in range(2)]
-                _beside(bed, part, f"decode {count}", "ms_per_step", min(decode), runs=[round(d, 3) for d in decode])
+                for how, answer in (("", _answer), (", streamed", _stream)):
+                    decode = [_engine_decode(bed, engine, loop, count, answer) for _ in range(2)]
+                    beside, runs = f"decode {count}", [round(d, 3) for d in decode]
+                    _beside(bed, part, beside + how, "ms_per_step", min(decode), beside=beside, runs=runs)
         with bed.report.guarded(f"{part} ttft"):
             times = [loop.run(_ttft(bed, engine, encoder)) * 1e3 for _ in range(10)][2:]
             _beside(bed, part, "ttft", "ms", statistics.median(times), least=min(times), most=max(times))
@@ -377,8 +379,8 @@ def _wait_for_memory(bed: Bed) -> None:
         time.sleep(0.5)
 
 
-def _beside(bed: Bed, part: str, what: str, figure: str, value: float, **more: Any) -> None:
-    other = bed.found("mono", what, figure)
+def _beside(bed: Bed, part: str, what: str, figure: str, value: float, beside: str = "", **more: Any) -> None:
+    other = bed.found("mono", beside or what, figure)
     # of rates ours by the other, of times the other by ours: above 1 is faster, either way
     ratio = {} if not other else {"of_vllm_alone": value / other if figure == "images_per_s" else other / value}
     bed.row(part, what, **{figure: value}, **ratio, **more)
@@ -434,9 +436,16 @@ async def _answer(engine: Any, request: Request) -> None:
     assert len(done.token_ids) == request.sampling.max_tokens, f"{len(done.token_ids)} tokens, {done.finish_reason}"
 
 
-def _engine_decode(bed: Bed, engine: Any, loop: asyncio.Runner, count: int) -> float:
+async def _stream(engine: Any, request: Request) -> None:
+    async for _ in engine.generate(request):
+        pass
+
+
+def _engine_decode(
+    bed: Bed, engine: Any, loop: asyncio.Runner, count: int, answer: Callable[[Any, Request], Awaitable[None]]
+) -> float:
     async def together(requests: list[Request]) -> None:
-        await asyncio.gather(*(_answer(engine, request) for request in requests))
+        await asyncio.gather(*(answer(engine, request) for request in requests))
 
     def seconds(new_tokens: int) -> float:
         return loop.run(_timed(together(bed.requests(bed.embeddings(count), new_tokens))))

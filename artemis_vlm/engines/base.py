@@ -10,7 +10,7 @@ Shapes: V image tokens, H decoder hidden size.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -127,12 +127,14 @@ class Request:
     id: unique among the requests that run
     prompt_ids: token ids with image placeholders expanded, as `chat.encode_prompt` gives them
     images: in the order of their placeholders
+    stream: whether anyone reads the answer as it grows; if not, the engine may give it in one delta, which costs it less
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     images: tuple[ImageEmbedding, ...] = ()
+    stream: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +226,7 @@ async def complete(engine: DecoderEngine, request: Request) -> Completion:
     tokens: list[int] = []
     texts: list[str] = []
     reason: FinishReason = "cancelled"
-    async for delta in engine.generate(request):
+    async for delta in engine.generate(replace(request, stream=False)):
         tokens += delta.token_ids
         texts.append(delta.text)
         reason = delta.finish_reason or reason

@@ -41,7 +41,6 @@ from artemis_vlm.engines.base import (
     EngineStats,
     FinishReason,
     Request,
-    SamplingParams,
     check_fits,
     end_tokens,
 )
@@ -103,6 +102,9 @@ class VllmEngine:
             self._end_loop()
             raise
         self.max_length: int = self._llm.model_config.max_model_len
+        cache = self._llm.vllm_config.cache_config
+        self._capacity = (cache.num_gpu_blocks or 0) * cache.block_size
+        self._capacity_bytes = self._capacity * token_bytes(self._llm)
 
     @classmethod
     def load(
@@ -176,15 +178,13 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         total, now = self._open, self._stats
-        cache = self._llm.vllm_config.cache_config
-        capacity = (cache.num_gpu_blocks or 0) * cache.block_size
         waiting = min(now.waiting, total)
         return EngineStats(
             running=total - waiting,
             waiting=waiting,
-            kv_tokens=round(now.kv_usage * capacity) if total else 0,
-            kv_capacity_tokens=capacity,
-            kv_capacity_bytes=capacity * self._token_bytes(),
+            kv_tokens=round(now.kv_usage * self._capacity) if total else 0,
+            kv_capacity_tokens=self._capacity,
+            kv_capacity_bytes=self._capacity_bytes,
             steps=now.steps,
             prompt_tokens=now.prompt_tokens,
             generated_tokens=now.generated_tokens,
@@ -203,11 +203,7 @@ class VllmEngine:
         self._closed = True
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
         self._end_loop()
-
-    def _token_bytes(self) -> int:
-        model, parallel = self._llm.model_config, self._llm.vllm_config.parallel_config
-        per_layer = 2 * model.get_num_kv_heads(parallel) * model.get_head_size() * model.dtype.itemsize
-        return int(per_layer * model.get_num_layers(parallel))
+        del self._llm  # now, not at the end of the program, when what it cleans up with is gone
 
     # --- in the engine's thread ---
 
@@ -241,7 +237,7 @@ class VllmEngine:
     async def _run(self, answer: Answer) -> None:
         """One request from its start to its last delta; leaving early ends it in vLLM too."""
         request = answer.request
-        prompt, sampling = vllm_prompt(request, self._image_token_id), vllm_sampling(request.sampling, self._ends)
+        prompt, sampling = vllm_prompt(request, self._image_token_id), vllm_sampling(request, self._ends)
         async with aclosing(self._llm.generate(prompt, sampling, request.id)) as outputs:
             async for output in outputs:
                 part = output.outputs[0]
@@ -316,6 +312,13 @@ class Stats(StatLoggerBase):  # type: ignore[misc]
         """vLLM's hook; nothing to log."""
 
 
+def token_bytes(llm: AsyncLLM) -> int:
+    """Of keys and values."""
+    model, parallel = llm.model_config, llm.vllm_config.parallel_config
+    per_layer = 2 * model.get_num_kv_heads(parallel) * model.get_head_size() * model.dtype.itemsize
+    return int(per_layer * model.get_num_layers(parallel))
+
+
 def vllm_prompt(request: Request, image_token_id: int) -> dict[str, Any]:
     """A request as vLLM takes it: one placeholder an image, which it expands again by the grid."""
     if not request.images:
@@ -339,7 +342,10 @@ def vllm_prompt(request: Request, image_token_id: int) -> dict[str, Any]:
     }
 
 
-def vllm_sampling(sampling: SamplingParams, ends: frozenset[int]) -> vllm.SamplingParams:
+def vllm_sampling(request: Request, ends: frozenset[int]) -> vllm.SamplingParams:
+    sampling = request.sampling
+    # whole answers spare the host 0.1 ms a token; stop strings must be looked for as the tokens come
+    stream = request.stream or bool(sampling.stop)
     return vllm.SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
@@ -348,5 +354,5 @@ def vllm_sampling(sampling: SamplingParams, ends: frozenset[int]) -> vllm.Sampli
         ignore_eos=True,  # ours are the stop tokens, all of them
         stop_token_ids=sorted(ends),
         detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
+        output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
     )

@@ -12,8 +12,10 @@ control tokens there, unlike in our own server.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from importlib.metadata import entry_points
@@ -51,6 +53,7 @@ def announce() -> None:
     if any(point.name == NAME for point in entry_points(group=GROUP)):
         return
     folder = Path(tempfile.mkdtemp(prefix="artemis-vllm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     info = folder / f"artemis_vlm_plugin-{__version__}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: artemis-vlm-plugin\nVersion: {__version__}\n")

@@ -79,6 +79,13 @@ async def answers(engine: TransformersEngine | VllmEngine, requests: list[Reques
     return list(await asyncio.gather(*(complete(engine, request) for request in requests)))
 
 
+async def stream(engine: VllmEngine, requests: list[Request]) -> list[list[Delta]]:
+    async def one(request: Request) -> list[Delta]:
+        return [delta async for delta in engine.generate(request)]
+
+    return list(await asyncio.gather(*map(one, requests)))
+
+
 def test_greedy_equals_the_other_engine_and_generate(
     engine: VllmEngine, requests: list[Request], reference: dict[str, list[Completion]], plain: list[Plain]
 ) -> None:
@@ -87,6 +94,10 @@ def test_greedy_equals_the_other_engine_and_generate(
     assert [list(c.token_ids) for c in got] == [p.tokens for p in plain]
     again = asyncio.run(answers(engine, requests))  # from another loop, and the prefix cache
     assert again == got
+    streamed = asyncio.run(stream(engine, requests))
+    assert [[t for d in deltas for t in d.token_ids] for deltas in streamed] == [p.tokens for p in plain]
+    assert ["".join(d.text for d in deltas) for deltas in streamed] == [p.text for p in plain]
+    assert max(map(len, streamed)) == NEW_TOKENS  # one delta a token
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.kv_tokens) == (0, 0, 0)
     assert stats.generated_tokens >= 2 * sum(len(p.tokens) for p in plain)
