@@ -69,6 +69,16 @@ class BlockWeights(NamedTuple):
     fc2: tuple[torch.Tensor, torch.Tensor]
 
 
+def on_rows(
+    function: Callable[..., torch.Tensor], compile_it: bool, varying: tuple[torch.Tensor, ...], *fixed: Any
+) -> torch.Tensor:
+    """A layer on tensors whose first dimension varies, and on what is the same in every batch."""
+    if compile_it:
+        mark_rows(*varying)
+        function = frozen.compiled(function)
+    return function(*varying, *fixed)
+
+
 # --- the decoder -----------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +239,54 @@ def tower_positions(places: tuple[torch.Tensor, ...], table: torch.Tensor, dtype
     return (F.embedding(indices, table) * shares[:, :, None]).sum(1).to(dtype)
 
 
+class PackedTower:
+    """A frozen tower on images laid end to end; equals `modeling.tower_features` to rounding.
+
+    Args:
+        spec: what the images are cut by; none may be larger than it allows.
+        compile_it: None: on a GPU with Triton.
+    """
+
+    def __init__(self, visual: Qwen3VLVisionModel, spec: ImageSpec, compile_it: bool | None = None) -> None:
+        self.visual, self.spec = visual, spec
+        self.compile_it = frozen.can_compile(visual.device) if compile_it is None else compile_it
+        self.max_patches = max(spec.max_pixels // spec.patch_size**2, spec.merge_size**2)
+        frozen.choose_varlen(visual.device)
+        self.blocks = [block_weights(block) for block in visual.blocks]
+        self.heads = visual.blocks[0].attn.num_heads
+        self.activation = visual.blocks[0].mlp.act_fn
+        embed = visual.patch_embed.proj
+        # (H, C, frames, y, x): an image is one frame shown `frames` times, so the frames' weights act as their sum.
+        wide = torch.promote_types(embed.weight.dtype, torch.float32)
+        self.patch_weight = embed.weight.data.to(wide).sum(2).flatten(1)
+        self.patch_bias = embed.bias.data.to(wide)
+
+    @torch.no_grad()
+    def features(
+        self, patches: torch.Tensor, grid_thw: torch.Tensor, cu_patches: torch.Tensor, max_patches: int
+    ) -> torch.Tensor:
+        """Merged features (V, out_hidden).
+
+        Args:
+            patches: uint8 (P, 768); grid_thw: int64 (I, 3); cu_patches: int32 (I + 1,), where images begin and end.
+            max_patches: of the largest image.
+
+        Raises:
+            RunError: an image is larger than the tower was prepared for.
+        """
+        if max_patches > self.max_patches:
+            raise RunError(f"an image has {max_patches} patches; this tower was prepared for {self.max_patches}")
+        places = patch_places(grid_thw, len(patches), self.spec.merge_size)
+        pixels = normalize(patches, self.spec).to(self.patch_weight.dtype)
+        x = F.linear(pixels, self.patch_weight, self.patch_bias).to(self.visual.dtype)
+        x = x + tower_positions(places, self.visual.pos_embed.weight, x.dtype)
+        cos, sin = self.visual.rotary_pos_emb(x, torch.stack(places[:2], 1))
+        for weights in self.blocks:
+            varying, fixed = (x, cos, sin, cu_patches), (weights, self.heads, self.activation, self.max_patches)
+            x = on_rows(tower_block, self.compile_it, varying, *fixed)
+        return self.visual.merger(x)  # type: ignore[no-any-return]
+
+
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
@@ -259,10 +317,8 @@ class PackedModel:
         self.compile_it = frozen.can_compile(self.device) if compile_it is None else compile_it
         self.pad_to = PAD_TO if self.device.type == "cuda" else 1
         self.max_length = max_tokens + self.pad_to - 1
-        self.max_patches = max(spec.max_pixels // spec.patch_size**2, spec.merge_size**2)
         self.fp8 = fp8
-        frozen.choose_varlen(self.device)
-        self._prepare_tower(model.visual)
+        self.tower = PackedTower(model.visual, spec, self.compile_it)
         self.layers: list[LayerWeights] = []
         if is_known(decoder, self.max_length):
             self._prepare_decoder(decoder)
@@ -271,16 +327,6 @@ class PackedModel:
         else:
             logger.warning("%s has layers that are not written out here: they run as they are", type(decoder).__name__)
             frozen.use_packed_attention(decoder)
-
-    def _prepare_tower(self, visual: Qwen3VLVisionModel) -> None:
-        self.blocks = [block_weights(block) for block in visual.blocks]
-        self.tower_heads = visual.blocks[0].attn.num_heads
-        self.activation = visual.blocks[0].mlp.act_fn
-        embed = visual.patch_embed.proj
-        # (H, C, frames, y, x): an image is one frame shown `frames` times, so the frames' weights act as their sum.
-        wide = torch.promote_types(embed.weight.dtype, torch.float32)
-        self.patch_weight = embed.weight.data.to(wide).sum(2).flatten(1)
-        self.patch_bias = embed.bias.data.to(wide)
 
     def _prepare_decoder(self, decoder: PreTrainedModel) -> None:
         if self.fp8:
@@ -334,28 +380,9 @@ class PackedModel:
             for linear in waiting:
                 linear.weight.data = linear.weight.data.cpu()
 
-    def _call(self, function: Callable[..., torch.Tensor], varying: tuple[torch.Tensor, ...], *fixed: Any) -> torch.Tensor:
-        """A layer on tensors whose first dimension varies, and on what is the same in every batch."""
-        if self.compile_it:
-            mark_rows(*varying)
-            function = frozen.compiled(function)
-        return function(*varying, *fixed)
-
-    @torch.no_grad()
     def features(self, batch: PackedBatch) -> torch.Tensor:
         """The tower's merged features (V, out_hidden)."""
-        if batch.max_patches > self.max_patches:
-            raise RunError(f"an image has {batch.max_patches} patches; this tower was prepared for {self.max_patches}")
-        visual = self.model.visual
-        places = patch_places(batch.grid_thw, len(batch.patches), self.spec.merge_size)
-        pixels = normalize(batch.patches, self.spec).to(self.patch_weight.dtype)
-        x = F.linear(pixels, self.patch_weight, self.patch_bias).to(visual.dtype)
-        x = x + tower_positions(places, visual.pos_embed.weight, x.dtype)
-        cos, sin = visual.rotary_pos_emb(x, torch.stack(places[:2], 1))
-        for weights in self.blocks:
-            fixed = weights, self.tower_heads, self.activation, self.max_patches
-            x = self._call(tower_block, (x, cos, sin, batch.cu_patches), *fixed)
-        return visual.merger(x)  # type: ignore[no-any-return]
+        return self.tower.features(batch.patches, batch.grid_thw, batch.cu_patches, batch.max_patches)
 
     def loss(self, batch: PackedBatch) -> torch.Tensor:
         """Summed cross entropy of the supervised tokens, float32 scalar; the gradient reaches the projector only."""
@@ -380,8 +407,8 @@ class PackedModel:
         cos, sin = (t[0] for t in base.rotary_emb(x[None], batch.position_ids[None]))
         for weights in self.layers[:-1]:
             fixed = weights, self.heads, self.max_length
-            x = self._call(decoder_layer, (x, cos, sin, batch.cu_seqlens), *fixed)
+            x = on_rows(decoder_layer, self.compile_it, (x, cos, sin, batch.cu_seqlens), *fixed)
         x_tail, cos_tail, sin_tail = (t.index_select(0, batch.tail_index) for t in (x, cos, sin))
         varying = x, x_tail, cos, sin, cos_tail, sin_tail, batch.cu_seqlens, batch.cu_tails
-        x = self._call(last_decoder_layer, varying, self.layers[-1], self.heads, self.max_length)
+        x = on_rows(last_decoder_layer, self.compile_it, varying, self.layers[-1], self.heads, self.max_length)
         return base.norm(x.index_select(0, batch.loss_row))  # type: ignore[no-any-return]

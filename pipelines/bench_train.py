@@ -478,11 +478,11 @@ def attention_variants(
                 torch.autograd.grad(out.transpose(1, 2).values().sum(), made)
 
     def tower() -> None:
-        count = alignment.packed.tower_heads
+        count = alignment.packed.tower.heads
         size = alignment.model.config.vision_config.hidden_size // count
         q = torch.randn(n_patches, count, size, device=images.device, dtype=torch.bfloat16)
-        for _ in alignment.packed.blocks:
-            attend(q, q, q, images, images, alignment.packed.max_patches, causal=False)
+        for _ in alignment.packed.tower.blocks:
+            attend(q, q, q, images, images, alignment.packed.tower.max_patches, causal=False)
 
     named = {f"decoder attention, grouped heads {way}": varlen(way) for way in ("named", "unnamed", "repeated")}
     return {**named, "decoder attention, cuDNN, repeated": cudnn, "tower attention": tower}

@@ -40,7 +40,7 @@ from artemis_vlm.chat import IMAGE_TOKEN
 from artemis_vlm.configuration import ArtemisVLMConfig
 from artemis_vlm.engines import EngineConfig, ImageEmbedding, ImageEncoder, Request, SamplingParams, complete
 from artemis_vlm.image import ImageSpec, Patches, patchify
-from artemis_vlm.modeling import ArtemisVLMProjector, tower_features
+from artemis_vlm.modeling import ArtemisVLMProjector
 from artemis_vlm.processing import write_habits
 from artemis_vlm.vllm_plugin import ARCHITECTURE, announce
 from pipelines.bench_shapes import SHAPES, Report, Shapes, hardware
@@ -411,11 +411,13 @@ def measure_encoder(bed: Bed, encoder: ImageEncoder, part: str) -> None:
         encoder.encode([(f"p{next(bed.numbers)}", p) for p in patches])
 
     pixels = torch.from_numpy(np.concatenate([p.pixels for p in patches])).to(bed.device)
-    grid = torch.tensor([(1, *p.grid) for p in patches])
+    grid = torch.tensor([(1, *p.grid) for p in patches], device=bed.device)
+    size = len(patches[0].pixels)
+    ends = torch.arange(0, len(pixels) + 1, size, dtype=torch.int32, device=bed.device)
 
     def computed() -> None:
         with torch.inference_mode():
-            encoder.projector(tower_features(encoder.visual, pixels, grid, bed.spec))
+            encoder.project(pixels, grid, ends, size)
 
     _beside(bed, part, "tower", "images_per_s", BATCH / _median_seconds(computed, bed.device))
     bed.row(part, "encoder, host to host", images_per_s=BATCH / _median_seconds(whole, bed.device))

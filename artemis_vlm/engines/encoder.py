@@ -9,6 +9,7 @@ Knows nothing of files or formats: see `image` for how bytes become patches.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -21,9 +22,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from artemis_vlm import graft
 from artemis_vlm.engines.base import ImageEmbedding
-from artemis_vlm.frozen import use_packed_attention
 from artemis_vlm.image import ImageSpec, Patches
-from artemis_vlm.modeling import ArtemisVLMProjector, tower_features
+from artemis_vlm.modeling import ArtemisVLMProjector
+from artemis_vlm.packed import PackedTower
 
 #: Patches in one call of the tower: 16 images of 512x512. More would cost memory and gain nothing.
 PACK_PATCHES: Final = 16 * 1024
@@ -41,10 +42,14 @@ class ImageEncoder:
     def __init__(
         self, visual: Qwen3VLVisionModel, projector: ArtemisVLMProjector, spec: ImageSpec, cache_bytes: int = CACHE_BYTES
     ) -> None:
-        use_packed_attention(visual)
         self.visual, self.projector, self.spec = visual, projector, spec
-        self.cache = EmbeddingCache(cache_bytes)
+        self.packed = PackedTower(visual, spec)
         self._tower = threading.Lock()
+        self.cache = EmbeddingCache(0)
+        if self.packed.compile_it:  # now, not in the first request
+            side = spec.merge_size
+            self._encode([("", Patches(np.zeros((side**2, spec.patch_bytes), np.uint8), (side, side)))] * 2)
+        self.cache = EmbeddingCache(cache_bytes)
 
     @classmethod
     def load(
@@ -79,15 +84,21 @@ class ImageEncoder:
             found |= {e.key: e for e in self._encode(group)}
         return [found[key] for key, _ in images]
 
+    def project(self, pixels: torch.Tensor, grid: torch.Tensor, ends: torch.Tensor, largest: int) -> torch.Tensor:
+        """Embeddings (V, H) of patches that are on the device; the arguments are `PackedTower.features`'s."""
+        return self.projector(self.packed.features(pixels, grid, ends, largest))  # type: ignore[no-any-return]
+
     def _encode(self, group: Sequence[tuple[str, Patches]]) -> list[ImageEmbedding]:
-        device = self.visual.device
-        pixels = torch.from_numpy(np.concatenate([p.pixels for _, p in group])).to(device)
+        pixels = torch.from_numpy(np.concatenate([p.pixels for _, p in group]))
         grid = torch.tensor([(1, *p.grid) for _, p in group], dtype=torch.int64)
-        with self._tower, torch.inference_mode():
-            embeds = self.projector(tower_features(self.visual, pixels, grid, self.spec)).cpu()
+        sizes = [len(p.pixels) for _, p in group]
+        ends = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
         counts = [self.spec.tokens(p.grid) for _, p in group]
-        # clone: a view would keep the whole group alive for as long as one image is cached
-        parts = [part.clone() for part in embeds.split(counts)]
+        with self._tower, torch.inference_mode():
+            pixels, grid, ends = (t.to(self.visual.device) for t in (pixels, grid, ends))
+            embeds = self.project(pixels, grid, ends, max(sizes))
+            # an image by itself: a view would keep the whole group alive for as long as one image is cached
+            parts = [part.to("cpu", copy=True) for part in torch.split(embeds, counts)]
         encoded = [ImageEmbedding(key, part, patches.grid) for (key, patches), part in zip(group, parts)]
         for each in encoded:
             self.cache.put(each)
