@@ -87,6 +87,8 @@ class VllmEngine:
         self._tokenizer, self._ends = tokenizer, ends
         self._image_token_id, self._hidden_size = config.image_token_id, config.text_config.hidden_size
         self._closed = False
+        #: No request begins between the closing of the door and the end of those inside.
+        self._door = threading.Lock()
         #: All three changed in the engine's thread alone.
         self._open = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -155,10 +157,11 @@ class VllmEngine:
         return cls(AsyncEngineArgs(**arguments | options), tokenizer, end_tokens(eos, tokenizer), model_config)
 
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
-        self.check()
         check_fits(request, self.max_length, self._image_token_id, self._hidden_size)
         answer = Answer(request, AnswerText.of(self._tokenizer, request.sampling), asyncio.get_running_loop())
-        self._loop.call_soon_threadsafe(self._begin, answer)
+        with self._door:
+            self.check()
+            self._loop.call_soon_threadsafe(self._begin, answer)
         ended = False
         try:
             while not ended:
@@ -173,8 +176,9 @@ class VllmEngine:
                 self.cancel(request.id)
 
     def cancel(self, request_id: str) -> None:
-        if not self._closed:
-            self._loop.call_soon_threadsafe(self._cancel, request_id)
+        with self._door:
+            if not self._closed:
+                self._loop.call_soon_threadsafe(self._cancel, request_id)
 
     def stats(self) -> EngineStats:
         total, now = self._open, self._stats
@@ -198,9 +202,10 @@ class VllmEngine:
             raise RunError(f"the engine broke and needs a restart: {self._llm.dead_error!r}") from self._llm.dead_error
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
+        with self._door:
+            if self._closed:
+                return
+            self._closed = True
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
         self._end_loop()
         del self._llm  # now, not at the end of the program, when what it cleans up with is gone
