@@ -71,6 +71,14 @@ class ImageSpec:
         """Bytes of one single-frame uint8 RGB patch (768 at patch size 16)."""
         return 3 * self.patch_size**2
 
+    @property
+    def max_patches(self) -> int:
+        """At least those of any image that `patchify` cuts: a narrow one keeps a whole token across, beyond max_pixels."""
+        narrow = self.factor * math.isqrt(MAX_ASPECT_RATIO * self.max_pixels)
+        enlarged = self.min_pixels + self.factor * (math.isqrt(MAX_ASPECT_RATIO * self.min_pixels) + 2 * self.factor)
+        enlarged += self.factor * math.isqrt(self.min_pixels)
+        return max(self.max_pixels, narrow, enlarged) // self.patch_size**2
+
     def tokens(self, grid: tuple[int, int]) -> int:
         """Image tokens of a (height, width) grid of patches."""
         return grid[0] * grid[1] // self.merge_size**2

@@ -250,7 +250,7 @@ class PackedTower:
     def __init__(self, visual: Qwen3VLVisionModel, spec: ImageSpec, compile_it: bool | None = None) -> None:
         self.visual, self.spec = visual, spec
         self.compile_it = frozen.can_compile(visual.device) if compile_it is None else compile_it
-        self.max_patches = max(spec.max_pixels // spec.patch_size**2, spec.merge_size**2)
+        self.max_patches = spec.max_patches
         frozen.choose_varlen(visual.device)
         self.blocks = [block_weights(block) for block in visual.blocks]
         self.heads = visual.blocks[0].attn.num_heads

@@ -290,7 +290,7 @@ class Encode:
     def __init__(self, job: Job) -> None:
         set_threads(job.config)
         folder = job.folder()
-        self.encoder = ImageEncoder.load(folder, job.torch_dtype, job.config.device)
+        self.encoder = ImageEncoder.load(folder, job.torch_dtype, job.config.device, spec=job.spec(folder))
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         return in_blocks(self._rows(table), EMBEDDED, BLOCK_BYTES)

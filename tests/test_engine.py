@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import SPEC, tiny_a3
+from PIL import Image
 from transformers import LlamaConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
@@ -36,7 +38,7 @@ from artemis_vlm.engines import (
 )
 from artemis_vlm.engines.text import AnswerText
 from artemis_vlm.engines.transformers import Answer, StepBatch, draw
-from artemis_vlm.image import Patches
+from artemis_vlm.image import Patches, patchify
 from artemis_vlm.modeling import normalize
 from artemis_vlm.vllm_plugin import announce
 
@@ -396,6 +398,17 @@ def test_encoder_equals_the_models_own_features(model, encoder: ImageEncoder) ->
         expected = model.get_image_features(normalize(torch.from_numpy(image.pixels), SPEC), grid)
         assert (got.key, got.grid, got.embeds.shape) == (key, image.grid, expected.shape)
         assert torch.allclose(got.embeds, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_images_narrower_or_larger_than_the_folder_expects_are_encoded(a3: Path, encoder: ImageEncoder) -> None:
+    """A strip keeps a token across, whatever max_pixels says; a captioning run may allow more pixels."""
+    strip = patchify(Image.new("RGB", (1990, 10), "red"), encoder.spec)
+    assert len(encoder.encode([("strip", strip)])[0].embeds) == encoder.spec.tokens(strip.grid)
+    larger = encoder.spec.with_limits(None, 4 * encoder.spec.max_pixels)
+    side = 2 * math.isqrt(encoder.spec.max_pixels)
+    patches = patchify(Image.new("RGB", (side, side), "red"), larger)
+    allowing = ImageEncoder.load(a3, torch.float32, spec=larger)
+    assert len(allowing.encode([("large", patches)])[0].embeds) == larger.tokens(patches.grid)
 
 
 def test_groups_are_bounded(encoder: ImageEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

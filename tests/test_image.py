@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import random
 import struct
 import zlib
 from pathlib import Path
@@ -136,3 +137,16 @@ def test_a_damaged_spec_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
         ImageSpec.load(tmp_path)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1024, 320 * 320), (65536, 16777216), (3136, 4096), (65536, 65536), (1024, 1024)])
+def test_no_image_has_more_patches_than_the_bound(low: int, high: int) -> None:
+    """Kernels are told the bound, and leave rows of a larger image unwritten."""
+    spec, rng = ImageSpec(min_pixels=low, max_pixels=high), random.Random(0)
+    most = 0
+    for _ in range(20_000):
+        short = max(1, round(10 ** rng.uniform(0, 3.3)))
+        long = round(short * rng.choice((1, 200, rng.uniform(1, 200))))
+        rows, columns = resized_size(*rng.choice(((short, long), (long, short))), spec)
+        most = max(most, rows * columns // spec.patch_size**2)
+    assert high // spec.patch_size**2 * 0.9 <= most <= spec.max_patches

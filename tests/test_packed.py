@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,9 +130,10 @@ def test_samples_longer_than_prepared_for_are_refused() -> None:
     model = trained(tiny_a3())
     with pytest.raises(RunError, match="a sample has 19 tokens; this model was prepared for 12"):
         PackedModel(model, SPEC, 12).loss(packed_rows(examples()))
-    small = replace(SPEC, max_pixels=64 * 64)
+    packed = PackedModel(model, SPEC, MAX_TOKENS)
+    packed.tower.max_patches = 16
     with pytest.raises(RunError, match="an image has 32 patches; this tower was prepared for 16"):
-        PackedModel(model, small, MAX_TOKENS).loss(packed_rows(examples()))
+        packed.loss(packed_rows(examples()))
 
 
 # --- frozen linear layers --------------------------------------------------------------------------------------------

@@ -53,12 +53,18 @@ class ImageEncoder:
 
     @classmethod
     def load(
-        cls, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu", cache_bytes: int = CACHE_BYTES
+        cls,
+        folder: Path,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        cache_bytes: int = CACHE_BYTES,
+        spec: ImageSpec | None = None,
     ) -> ImageEncoder:
         """From an A3 folder, reading only the tower's and the projector's tensors.
 
         Args:
             dtype: of both; None takes that in which the projector is stored.
+            spec: what images will be cut by, if not the folder's own.
 
         Raises:
             CheckpointError: parts missing or damaged, or they do not fit each other.
@@ -70,7 +76,7 @@ class ImageEncoder:
         dtype = dtype or state["fc1.weight"].dtype
         tower = graft.load_tower(folder, dtype, device)
         tower.deepstack_visual_indexes = []  # nothing reads what they would compute
-        return cls(tower, projector.to(device, dtype).requires_grad_(False), ImageSpec.load(folder), cache_bytes)
+        return cls(tower, projector.to(device, dtype).requires_grad_(False), spec or ImageSpec.load(folder), cache_bytes)
 
     def encode(self, images: Sequence[tuple[str, Patches]]) -> list[ImageEmbedding]:
         """Embeddings of images in order; those whose key is cached, or repeated in the batch, are not computed again.
