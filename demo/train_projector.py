@@ -32,7 +32,7 @@ from pipelines.align import Alignment, TrainConfig
 from pipelines.data import Encoder, Position, Step, never, split
 from pipelines.shards import RawSample
 
-CONFIG = TrainConfig(batch_size=64, learning_rate=5e-3, warmup=0.05, held_out=256, samples=10**6, micro_tokens=65_536)
+CONFIG = TrainConfig(batch_size=128, learning_rate=1e-2, warmup=0.05, held_out=256, samples=10**6, micro_tokens=65_536)
 PROBE_STEPS = 30
 _encoder: Encoder
 
