@@ -6,6 +6,7 @@ Run as a program it has everything imported, and forks a run for each line that 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -235,6 +236,7 @@ def die_at(call: int) -> None:
 
 def serve(tokenizer_folder: str) -> None:
     torch.set_num_threads(1)
+    logging.getLogger("pipelines").setLevel(logging.ERROR)  # hundreds of runs would warn of one damaged image
     encoder = encoder_of(Path(tokenizer_folder))
     print("ready", flush=True)
     while order := sys.stdin.readline():

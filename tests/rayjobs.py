@@ -29,6 +29,7 @@ FIELDS: dict[str, Any] = {
     "max-tokens": 256,
     "micro-tokens": 200,
     "dtype": "float32",
+    "workers": 1,
     "threads": 1,
     "save-every": 20,
     "eval-every": 40,

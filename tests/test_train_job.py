@@ -19,6 +19,7 @@ from pipelines.local import LocalCluster, local_cluster
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--samples", "10", "--held-out", "4", "--batch-size", "2", "--max-pixels", "25600", "--captions", "1"]
+SMALL += ["--workers", "1"]  # two are in test_reliability_ray
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -102,27 +103,23 @@ def test_kills_through_ray(jobs: rayjobs.Jobs, whole: Path, tmp_path: Path) -> N
     assert rayjobs.kill(jobs.cluster, "jobs/train_a3.py")
     killed["driver"] += 1
     assert job.wait() == JobStatus.FAILED
-    snapshots = [p for folder in Path("/tmp").glob("artemis-ray-train-*") for p in folder.rglob("*.json")]
-    for path in snapshots:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    snapshots = [p for folder in Path(tempfile.gettempdir()).glob("artemis-ray-train-*") for p in folder.rglob("*.json")]
+    assert not snapshots, "Ray Train keeps no snapshot of its own that could be damaged"
     jobs.start(output, **LONG).succeeds()
     assert left_by(output) == left_by(whole)
-    print(f"\nthrough Ray, killed: {dict(killed)}; {len(snapshots)} of Ray's own snapshots truncated; the same bits")
+    print(f"\nthrough Ray, killed: {dict(killed)}; the same bits")
 
 
-def test_one_of_two_workers_is_killed(jobs: rayjobs.Jobs, whole: Path, tmp_path: Path) -> None:
-    store = CheckpointStore(f"{tmp_path}/checkpoints")
-    job = jobs.start(tmp_path, workers=2, **LONG)
+def test_one_of_two_workers_is_killed(jobs: rayjobs.Jobs, tmp_path: Path) -> None:
+    two = {"workers": 2, **LONG}
+    jobs.start(tmp_path / "whole", **two).succeeds()
+    output = tmp_path / "killed"
+    job, store = jobs.start(output, **two), CheckpointStore(f"{output}/checkpoints")
     rayjobs.until(store.steps, job)
     assert rayjobs.kill(jobs.cluster, "ray::RayTrainWorker", 1) == 1
     job.succeeds()
-    found = rayjobs.curve((tmp_path / "metrics.jsonl").read_text())
-    expected = rayjobs.curve((whole / "metrics.jsonl").read_text())
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4), "rounding adds up over hundreds of steps"
-        for name in ("step", "seen", "used", "quarantined"):
-            assert ours.get(name) == theirs.get(name)
-    print("\none of two workers killed: the curve of one worker")
+    assert left_by(output) == left_by(tmp_path / "whole")
+    print("\none of two workers killed: the bits of two that nothing happened to")
 
 
 def test_a_worker_that_always_fails_stops_the_run(jobs: rayjobs.Jobs, tmp_path: Path) -> None:
