@@ -414,15 +414,15 @@ def test_images_narrower_or_larger_than_the_folder_expects_are_encoded(a3: Path,
 def test_groups_are_bounded(encoder: ImageEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("artemis_vlm.engines.encoder.PACK_PATCHES", 40)
     sizes: list[int] = []
-    real = encoder._begin
-    monkeypatch.setattr(encoder, "_begin", lambda group: (sizes.append(len(group)), real(group))[1])
+    real = encoder._encode
+    monkeypatch.setattr(encoder, "_encode", lambda group: (sizes.append(len(group)), real(group))[1])
     encoder.encode([(f"g{i}", patches(i, g)) for i, g in enumerate([(4, 4), (4, 4), (4, 4), (8, 8), (2, 2)])])
     assert sizes == [2, 1, 1, 1]
 
 
 def test_cached_images_are_not_encoded_again(encoder: ImageEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     first = encoder.encode([("cached", patches(1, (4, 4)))])
-    monkeypatch.setattr(encoder, "_begin", lambda group: pytest.fail("the tower ran"))
+    monkeypatch.setattr(encoder, "_encode", lambda group: pytest.fail("the tower ran"))
     assert encoder.encode([("cached", patches(1, (4, 4)))])[0] is first[0]
 
 

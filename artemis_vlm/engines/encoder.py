@@ -13,7 +13,6 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -37,15 +36,6 @@ def image_key(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """A group of images on its way: their embeddings (V, H) on the host, there once `copied` has come."""
-
-    group: Sequence[tuple[str, Patches]]
-    embeds: torch.Tensor
-    copied: torch.cuda.Event | None
-
-
 class ImageEncoder:
     """Encodes batches of images. May be called from several threads; the tower runs in one at a time."""
 
@@ -58,7 +48,7 @@ class ImageEncoder:
         self.cache = EmbeddingCache(0)
         if self.packed.compile_it:  # now, not in the first request
             side = spec.merge_size
-            self._end(self._begin([("", Patches(np.zeros((side**2, spec.patch_bytes), np.uint8), (side, side)))] * 2))
+            self._encode([("", Patches(np.zeros((side**2, spec.patch_bytes), np.uint8), (side, side)))] * 2)
         self.cache = EmbeddingCache(cache_bytes)
 
     @classmethod
@@ -96,47 +86,27 @@ class ImageEncoder:
         """
         found = {key: hit for key, _ in images if (hit := self.cache.get(key)) is not None}
         missing = {key: patches for key, patches in images if key not in found}
-        begun: Begun | None = None
         for group in _groups(missing):
-            ahead, begun = begun, self._begin(group)
-            found |= self._end(ahead)  # on the host, while the device computes the next
-        found |= self._end(begun)
+            found |= {e.key: e for e in self._encode(group)}
         return [found[key] for key, _ in images]
 
     def project(self, pixels: torch.Tensor, grid: torch.Tensor, ends: torch.Tensor, largest: int) -> torch.Tensor:
         """Embeddings (V, H) of patches that are on the device; the arguments are `PackedTower.features`'s."""
         return self.projector(self.packed.features(pixels, grid, ends, largest))  # type: ignore[no-any-return]
 
-    def _begin(self, group: Sequence[tuple[str, Patches]]) -> Begun:
-        """Starts the computation of a group; on a GPU it returns before the end of it."""
-        device = self.visual.device
-        on_gpu = device.type == "cuda"
-        sizes = [len(p.pixels) for _, p in group]
+    def _encode(self, group: Sequence[tuple[str, Patches]]) -> list[ImageEmbedding]:
         pixels = torch.from_numpy(np.concatenate([p.pixels for _, p in group]))
         grid = torch.tensor([(1, *p.grid) for _, p in group], dtype=torch.int64)
+        sizes = [len(p.pixels) for _, p in group]
         ends = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
-        if on_gpu:  # what the host shares with the device is copied without waiting
-            pixels, grid, ends = (t.pin_memory() for t in (pixels, grid, ends))
+        counts = [self.spec.tokens(p.grid) for _, p in group]
         with self._tower, torch.inference_mode():
-            pixels, grid, ends = (t.to(device, non_blocking=True) for t in (pixels, grid, ends))
+            pixels, grid, ends = (t.to(self.visual.device) for t in (pixels, grid, ends))
             embeds = self.project(pixels, grid, ends, max(sizes))
-            if not on_gpu:
-                return Begun(group, embeds, None)
-            host = torch.empty(embeds.shape, dtype=embeds.dtype, pin_memory=True).copy_(embeds, non_blocking=True)
-            copied: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(torch.cuda.current_stream(device))
-            return Begun(group, host, copied)
-
-    def _end(self, begun: Begun | None) -> dict[str, ImageEmbedding]:
-        if begun is None:
-            return {}
-        if begun.copied is not None:
-            begun.copied.synchronize()
-        counts = [self.spec.tokens(patches.grid) for _, patches in begun.group]
-        # an image by itself: a view would keep the whole group alive for as long as one image is cached
-        parts = [part.clone() for part in torch.split(begun.embeds, counts)]
-        encoded = {key: ImageEmbedding(key, part, p.grid) for (key, p), part in zip(begun.group, parts)}
-        for each in encoded.values():
+            # an image by itself: a view would keep the whole group alive for as long as one image is cached
+            parts = [part.to("cpu", copy=True) for part in torch.split(embeds, counts)]
+        encoded = [ImageEmbedding(key, part, patches.grid) for (key, patches), part in zip(group, parts)]
+        for each in encoded:
             self.cache.put(each)
         return encoded
 
