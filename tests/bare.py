@@ -111,11 +111,17 @@ def encoder_of(tokenizer: Path) -> Folded:
     return Folded(encoder.spec, encoder.tokenizer, encoder.frame, encoder.max_tokens)
 
 
-def train(config: TrainConfig, encoder: data.Encoder, stopping: Callable[[], bool] = never) -> Alignment:
-    """What `pipelines.train` does on one rank, with a tiny model in place of a loaded one."""
-    model = tiny_a3()
-    model.set_training_stage("stage1")
-    parts = Parts(graft.Sources(Path("tower"), Path("decoder")), encoder.spec, encoder.tokenizer, encoder.frame)
+def train(
+    config: TrainConfig, encoder: data.Encoder, stopping: Callable[[], bool] = never, parts: Parts | None = None
+) -> Alignment:
+    """What `pipelines.train` does on one rank; without parts with a tiny model in place of a loaded one."""
+    if parts:
+        torch.manual_seed(config.seed)
+        model = graft.load_frozen(parts.sources, config.torch_dtype(torch.device("cpu")))
+    else:
+        model = tiny_a3()
+        model.set_training_stage("stage1")
+        parts = Parts(graft.Sources(Path("tower"), Path("decoder")), encoder.spec, encoder.tokenizer, encoder.frame)
     output = RunFolder(config.output)
     began_with = earlier_run(output, config)
     source = data.find_source(config.data, config.seed, config.held_out, began_with["held_out"] if began_with else None)

@@ -8,13 +8,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from artemis_vlm import graft
+from pipelines.align import DEMO, TrainConfig
 from pipelines.local import LocalCluster
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +39,13 @@ FIELDS: dict[str, Any] = {
     "export": "projector",
     "decode-workers": 1,
 }
+
+
+def config(sources: graft.Sources, data: Path | str, output: Path, **fields: Any) -> TrainConfig:
+    """The configuration of such a run."""
+    given = {name.replace("-", "_"): value for name, value in FIELDS.items()} | fields
+    places = {"tower": sources.tower, "decoder": sources.decoder, "data": data, "output": output}
+    return replace(DEMO, **given, **{name: str(place) for name, place in places.items()})
 
 
 @dataclass

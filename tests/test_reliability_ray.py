@@ -1,4 +1,4 @@
-"""The job stopped, continued elsewhere and on other numbers of workers, with its output on S3."""
+"""The job stopped and continued on another number of workers, its output on S3: the curve of a run without Ray."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import pytest
 import rayjobs
 import s3
 import s3fs
+import torch
 from ray.job_submission import JobStatus
 
 from artemis_vlm import graft
+from pipelines import align
+from pipelines.align import TrainConfig
 from pipelines.checkpoint import CheckpointStore
+from pipelines.inputs import find_parts
 from pipelines.local import local_cluster
 
 
@@ -30,8 +34,17 @@ STEPS = 48
 SHORT = {"max_steps": STEPS, "save_every": 8, "eval_every": 16}
 
 
+def without_ray(config: TrainConfig) -> None:
+    """The same run by the bare loop in this process, to its end."""
+    threads = torch.get_num_threads()
+    align.set_threads(config.threads, 1)
+    parts = find_parts(config)
+    bare.train(config, parts.encoder(config), parts=parts)
+    torch.set_num_threads(threads)
+
+
 def test_a_run_on_s3_stops_within_its_time_and_goes_on_with_two_workers(jobs: rayjobs.Jobs, tmp_path: Path) -> None:
-    jobs.start(tmp_path / "whole", **SHORT).succeeds()
+    without_ray(rayjobs.config(jobs.sources, jobs.data, tmp_path / "whole", **SHORT))
     whole = rayjobs.curve((tmp_path / "whole" / "metrics.jsonl").read_text())
 
     output = "s3://runs/stopped"

@@ -9,7 +9,8 @@ Shapes: V image tokens, H decoder hidden size.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from artemis_vlm.errors import RunError, SampleError
+from artemis_vlm.errors import ArtemisError, RunError, SampleError
 
 EngineKind = Literal["auto", "transformers", "vllm"]
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -219,6 +220,29 @@ def end_tokens(eos_token_id: int | list[int] | None, tokenizer: PreTrainedTokeni
     """Where plain `generate` would stop: what the generation configuration says, else the tokenizer's end of sequence."""
     ends = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
     return frozenset([ends] if isinstance(ends, int) else ends or [])
+
+
+async def deltas(
+    queue: asyncio.Queue[Delta | ArtemisError], begin: Callable[[], None], cancel: Callable[[], None]
+) -> AsyncIterator[Delta]:
+    """What an engine's `generate` gives: begins with the first iteration, ends with the request, cancels when left earlier.
+
+    Args:
+        queue: takes what the engine delivers, an error in place of the last delta.
+    """
+    begin()
+    ended = False
+    try:
+        while not ended:
+            delta = await queue.get()
+            if isinstance(delta, ArtemisError):
+                ended = True
+                raise delta
+            ended = delta.finish_reason is not None
+            yield delta
+    finally:
+        if not ended:
+            cancel()
 
 
 async def complete(engine: DecoderEngine, request: Request) -> Completion:

@@ -38,10 +38,11 @@ from artemis_vlm.engines.base import (
     Request,
     SamplingParams,
     check_fits,
+    deltas,
     end_tokens,
 )
 from artemis_vlm.engines.text import AnswerText
-from artemis_vlm.errors import RunError
+from artemis_vlm.errors import ArtemisError, RunError
 from artemis_vlm.modeling import splice
 
 logger = logging.getLogger(__name__)
@@ -91,28 +92,20 @@ class TransformersEngine:
     def max_length(self) -> int:
         return self._batch.config.max_length
 
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
-        self._batch.check_fits(request)
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Delta | RunError] = asyncio.Queue()
+    def generate(self, request: Request) -> AsyncIterator[Delta]:
+        queue: asyncio.Queue[Delta | ArtemisError] = asyncio.Queue()
 
-        def deliver(delta: Delta | RunError) -> None:
-            if not loop.is_closed():  # its program ended with requests open; nobody waits for this
-                loop.call_soon_threadsafe(queue.put_nowait, delta)
+        def begin() -> None:
+            self._batch.check_fits(request)
+            loop = asyncio.get_running_loop()
 
-        self._submit(Answer(request, AnswerText.of(self._tokenizer, request.sampling), deliver))
-        ended = False
-        try:
-            while not ended:
-                delta = await queue.get()
-                if isinstance(delta, RunError):
-                    ended = True
-                    raise delta
-                ended = delta.finish_reason is not None
-                yield delta
-        finally:
-            if not ended:
-                self.cancel(request.id)
+            def deliver(delta: Delta | ArtemisError) -> None:
+                if not loop.is_closed():  # its program ended with requests open; nobody waits for this
+                    loop.call_soon_threadsafe(queue.put_nowait, delta)
+
+            self._submit(Answer(request, AnswerText.of(self._tokenizer, request.sampling), deliver))
+
+        return deltas(queue, begin, lambda: self.cancel(request.id))
 
     def _submit(self, answer: Answer) -> None:
         with self._wake:
@@ -178,7 +171,7 @@ class Answer:
 
     request: Request
     text: AnswerText
-    deliver: Callable[[Delta | RunError], None]
+    deliver: Callable[[Delta | ArtemisError], None]
     slot: int = -1
     cached: int = 0
     prompt: torch.Tensor | None = None
@@ -471,7 +464,7 @@ class StepBatch:
         else:
             self._end(answer, Delta((token,), shown + answer.text.finish(), reason))
 
-    def _end(self, answer: Answer, last: Delta | RunError) -> None:
+    def _end(self, answer: Answer, last: Delta | ArtemisError) -> None:
         if answer.slot < 0:
             self.waiting.remove(answer)
         else:

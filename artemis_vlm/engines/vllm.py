@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -42,6 +42,7 @@ from artemis_vlm.engines.base import (
     FinishReason,
     Request,
     check_fits,
+    deltas,
     end_tokens,
 )
 from artemis_vlm.engines.text import AnswerText
@@ -61,7 +62,7 @@ class Answer:
     request: Request
     text: AnswerText
     loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[Delta | ArtemisError] = field(default_factory=asyncio.Queue)
+    queue: asyncio.Queue[Delta | ArtemisError]
     ended: bool = False
 
     def take(self, tokens: Sequence[int], reason: str | None, ends: frozenset[int]) -> Delta:
@@ -156,24 +157,17 @@ class VllmEngine:
         }
         return cls(AsyncEngineArgs(**arguments | options), tokenizer, end_tokens(eos, tokenizer), model_config)
 
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
-        check_fits(request, self.max_length, self._image_token_id, self._hidden_size)
-        answer = Answer(request, AnswerText.of(self._tokenizer, request.sampling), asyncio.get_running_loop())
-        with self._door:
-            self.check()
-            self._loop.call_soon_threadsafe(self._begin, answer)
-        ended = False
-        try:
-            while not ended:
-                delta = await answer.queue.get()
-                if isinstance(delta, ArtemisError):
-                    ended = True
-                    raise delta
-                ended = delta.finish_reason is not None
-                yield delta
-        finally:
-            if not ended:
-                self.cancel(request.id)
+    def generate(self, request: Request) -> AsyncIterator[Delta]:
+        queue: asyncio.Queue[Delta | ArtemisError] = asyncio.Queue()
+
+        def begin() -> None:
+            check_fits(request, self.max_length, self._image_token_id, self._hidden_size)
+            answer = Answer(request, AnswerText.of(self._tokenizer, request.sampling), asyncio.get_running_loop(), queue)
+            with self._door:
+                self.check()
+                self._loop.call_soon_threadsafe(self._begin, answer)
+
+        return deltas(queue, begin, lambda: self.cancel(request.id))
 
     def cancel(self, request_id: str) -> None:
         with self._door:

@@ -183,15 +183,7 @@ def test_a_lost_node_is_survived(sources: graft.Sources, shards: Path, whole: Pa
         ray.init(address=cluster.address, log_to_driver=False)
     try:
         cluster.wait_for_nodes()
-        fields = {name.replace("-", "_"): value for name, value in (rayjobs.FIELDS | LONG).items()}
-        config = TrainConfig(
-            **fields,
-            tower=str(sources.tower),
-            decoder=str(sources.decoder),
-            data=str(shards),
-            output=str(tmp_path),
-            worker_label="a3/role=trains",
-        )
+        config = rayjobs.config(sources, shards, tmp_path, worker_label="a3/role=trains", **LONG)
         lost: list[str] = []
 
         def lose() -> None:
