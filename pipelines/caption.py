@@ -602,12 +602,9 @@ class Progress:
         #: Rows to do in each shard, where they are known.
         self.known: dict[int, int] = {}
         self.done = 0
-        self.started: float | None = None
-        self.told = 0.0
+        self.started = self.told = time.monotonic()
 
     def add(self, shard: int, rows: int, failed: bool) -> None:
-        if self.started is None:
-            self.started = self.told = time.monotonic()  # what came before was the loading of models
         if shard not in self.known:
             sizes = self.layout.sizes(rows)
             self.known[shard] = sum(size for part, size in enumerate(sizes) if part not in self.skipped[shard])
@@ -616,12 +613,12 @@ class Progress:
 
     def tell(self, last: bool = False) -> None:
         now = time.monotonic()
-        if self.started is None or (now - self.told < PROGRESS_S and not last):
+        if not self.known or (now - self.told < PROGRESS_S and not last):
             return
         self.told = now
         unopened = len(self.skipped) - len(self.known)  # they count as the mean of the others
         to_do = sum(self.known.values()) * (1 + unopened / len(self.known))
-        rate = self.done / max(now - self.started, 1e-3)
+        rate = self.done / max(now - self.started, 1e-3)  # the loading of models counts too
         total = f"{'about ' if unopened else ''}{round(self.before + to_do)}"
         left = f"{duration((to_do - self.done) / rate)} left"
         print(f"{self.before + self.done} of {total} rows, {self.failed} failed, {rate:.1f} images/s, {left}", flush=True)

@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rayjobs
 import serving
+import yaml
 from ray import serve as ray_serve
+from ray.job_submission import JobStatus, JobSubmissionClient
 from serving import KEY, http, picture, replica_pids, turn
 
 from artemis_vlm.engines import EngineConfig
 from pipelines import serve
-from pipelines.local import free_ports
+from pipelines.local import free_ports, local_cluster
 from pipelines.openai import ChatRequest
 from pipelines.serve import ServeConfig, Stage
 
@@ -228,6 +231,52 @@ def test_the_job_lets_requests_end_when_told_to_stop(a3: Path) -> None:
             assert process.wait(60) == 0
         finally:
             process.kill()
+
+
+def test_deployed_on_a_cluster_then_as_a_submitted_job(a3: Path, tmp_path: Path) -> None:
+    """`serve deploy jobs/serve.yaml` and `ray job submit -- python jobs/serve.py`, one after the other."""
+    port = free_ports(1)[0]
+    url = f"http://127.0.0.1:{port}"
+    described = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text())
+    described["http_options"]["port"] = port
+    described["applications"][0]["args"] |= {"model": str(a3), "name": "tiny", "dtype": "float32"}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(described))
+    asked = json.dumps(with_image(1)).encode()
+
+    def ready() -> bool:
+        try:
+            return http(f"{url}/ready")[0] == 200
+        except OSError:  # nothing listens yet
+            return False
+
+    def answers() -> None:
+        deadline = time.monotonic() + 150
+        while not ready():
+            assert time.monotonic() < deadline, "the server did not come up"
+            time.sleep(0.5)
+        status, _, text = http(f"{url}/v1/chat/completions", asked, timeout=60)
+        assert status == 200, text
+        assert json.loads(text)["choices"][0]["finish_reason"]
+
+    with rayjobs.environment({"PYTHONPATH": str(ROOT)}), local_cluster(tmp_path / "ray.log", num_cpus=8) as cluster:
+
+        def command(*words: str) -> None:
+            subprocess.run(
+                [*words, "--address", cluster.dashboard], env=dict(cluster.env), cwd=ROOT, check=True, timeout=200
+            )
+
+        command("serve", "deploy", str(tmp_path / "serve.yaml"))
+        answers()
+        command("serve", "shutdown", "--yes")
+        headers = {"Authorization": f"Bearer {cluster.env['RAY_AUTH_TOKEN']}"}
+        client = JobSubmissionClient(cluster.dashboard, headers=headers)
+        flags = f"--model {a3} --name tiny --port {port} --dtype float32"
+        job = rayjobs.Job(client, client.submit_job(entrypoint=f"cd {ROOT} && exec python jobs/serve.py {flags}"))
+        answers()
+        job.stop()
+        assert job.wait(100) == JobStatus.STOPPED
+        assert not ready()
+    print("\ndeployed, then submitted as a job and stopped: both answered")
 
 
 def test_ten_thousand_malformed_requests(server: str, tmp_path: Path) -> None:
