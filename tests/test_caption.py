@@ -392,7 +392,7 @@ def bucket() -> Iterator[Mapping[str, str]]:
 
 
 def test_killed_twice_on_s3_and_continued(base: CaptionConfig, bucket: Mapping[str, str], tmp_path: Path) -> None:
-    config = replace(base, max_tokens=64, slots=6)  # some seconds of work, in which the kills fall
+    config = replace(base, max_tokens=200, slots=6)  # some seconds of work, in which the kills fall
     clean = bench_caption.in_process(replace(config, output=str(tmp_path / "clean")))
     config = replace(config, output="s3://captions/out")
     there = kill_and_continue(config, 2, 1, tmp_path / "log", bucket)
