@@ -516,40 +516,22 @@ def run(
     """
     config = alignment.config
     saved = alignment.step
-    ended = None
 
     def settle(record: dict[str, Any]) -> None:
-        """Records a step once, with its evaluation if that is due; if that is abandoned, the record waits for it."""
-        alignment.state["unevaluated"] = record
-        if alignment.evaluation_due:
-            if (eval_loss := alignment.evaluate(held_out(), stopping)) is None:
-                return
-            record = record | {"eval_loss": eval_loss}
-        alignment.state["unevaluated"] = None
-        on_record(record)
+        _settle(alignment, record, held_out, on_record, stopping)
 
     if alignment.evaluation_due:
         settle(alignment.state["unevaluated"] or {"step": alignment.step})
-    loaded, started = None, time.perf_counter()
-
-    def fetch() -> float:
-        """Loads the next step, if there is one; returns the seconds that took."""
-        nonlocal loaded, ended
-        asked = time.perf_counter()
-        loaded = None
-        try:
-            work = feed.next(stopping)
-            loaded = alignment.load(work) if work else None
-        except DataEnded as error:
-            ended = error
-        return time.perf_counter() - asked
-
-    waited = fetch() if alignment.step < config.steps else 0.0
+    started, waited = time.perf_counter(), 0.0
+    loaded, ended = None, None
+    if alignment.step < config.steps:
+        loaded, ended, waited = _fetch(alignment, feed, stopping)
     while alignment.step < config.steps:
         launched = alignment.launch(loaded, stopping)
         work = launched.work
         if work and alignment.step + 1 < config.steps:  # the next step comes while the device works on this one
-            waited += fetch() * launched.is_done()
+            loaded, ended, seconds = _fetch(alignment, feed, stopping)
+            waited += seconds * launched.is_done()
         trained = alignment.conclude(launched)
         if trained is None or work is None:
             break
@@ -564,6 +546,36 @@ def run(
     if ended:
         on_record(_last_record(alignment, ended))
         raise ended
+
+
+def _fetch(
+    alignment: Alignment, feed: Feed, stopping: Callable[[], bool]
+) -> tuple[LoadedStep | None, DataEnded | None, float]:
+    """The next step on the device, or why there is none (both None: told to stop), and the seconds that took."""
+    asked, loaded, ended = time.perf_counter(), None, None
+    try:
+        if work := feed.next(stopping):
+            loaded = alignment.load(work)
+    except DataEnded as error:
+        ended = error
+    return loaded, ended, time.perf_counter() - asked
+
+
+def _settle(
+    alignment: Alignment,
+    record: dict[str, Any],
+    held_out: Callable[[], Sequence[Example]],
+    on_record: Callable[[dict[str, Any]], None],
+    stopping: Callable[[], bool],
+) -> None:
+    """Records a step once, with its evaluation if that is due; if that is abandoned, the record waits for it."""
+    alignment.state["unevaluated"] = record
+    if alignment.evaluation_due:
+        if (eval_loss := alignment.evaluate(held_out(), stopping)) is None:
+            return
+        record = record | {"eval_loss": eval_loss}
+    alignment.state["unevaluated"] = None
+    on_record(record)
 
 
 def _record(alignment: Alignment, work: Step, trained: Mapping[str, float], waited: float, seconds: float) -> dict[str, Any]:

@@ -76,6 +76,10 @@ class Job:
         return self.log()
 
 
+def client_of(cluster: LocalCluster) -> JobSubmissionClient:
+    return JobSubmissionClient(cluster.dashboard, headers={"Authorization": f"Bearer {cluster.env['RAY_AUTH_TOKEN']}"})
+
+
 @dataclass
 class Jobs:
     """Starts jobs with the tiny model on a cluster."""
@@ -85,8 +89,7 @@ class Jobs:
     data: str
 
     def start(self, output: Path | str, **fields: Any) -> Job:
-        headers = {"Authorization": f"Bearer {self.cluster.env['RAY_AUTH_TOKEN']}"}
-        client = JobSubmissionClient(self.cluster.dashboard, headers=headers)
+        client = client_of(self.cluster)
         places = {"tower": self.sources.tower, "decoder": self.sources.decoder, "data": self.data, "output": output}
         given = FIELDS | places | {name.replace("_", "-"): value for name, value in fields.items()}
         flags = " ".join(f"--{name} '{value}'" for name, value in given.items())

@@ -37,10 +37,12 @@ SHORT = {"max_steps": STEPS, "save_every": 8, "eval_every": 16}
 def without_ray(config: TrainConfig) -> None:
     """The same run by the bare loop in this process, to its end."""
     threads = torch.get_num_threads()
-    align.set_threads(config.threads, 1)
     parts = find_parts(config)
-    bare.train(config, parts.encoder(config), parts=parts)
-    torch.set_num_threads(threads)
+    try:
+        align.set_threads(config.threads, 1)
+        bare.train(config, parts.encoder(config), parts=parts)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_run_on_s3_stops_within_its_time_and_goes_on_with_two_workers(jobs: rayjobs.Jobs, tmp_path: Path) -> None:

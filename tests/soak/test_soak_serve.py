@@ -24,7 +24,7 @@ import rayjobs
 import serving
 import yaml
 from ray import serve as ray_serve
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus
 from serving import KEY, http, picture, replica_pids, turn
 
 from artemis_vlm.engines import EngineConfig
@@ -268,8 +268,7 @@ def test_deployed_on_a_cluster_then_as_a_submitted_job(a3: Path, tmp_path: Path)
         command("serve", "deploy", str(tmp_path / "serve.yaml"))
         answers()
         command("serve", "shutdown", "--yes")
-        headers = {"Authorization": f"Bearer {cluster.env['RAY_AUTH_TOKEN']}"}
-        client = JobSubmissionClient(cluster.dashboard, headers=headers)
+        client = rayjobs.client_of(cluster)
         flags = f"--model {a3} --name tiny --port {port} --dtype float32"
         job = rayjobs.Job(client, client.submit_job(entrypoint=f"cd {ROOT} && exec python jobs/serve.py {flags}"))
         answers()
