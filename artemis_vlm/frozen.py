@@ -262,7 +262,28 @@ class Fp8Weight(NamedTuple):
         return cls(*quantize_rows(weight), *quantize_rows(weight.t().contiguous()))
 
 
-Weight = torch.Tensor | Fp8Weight
+class Fp8BackwardWeight(NamedTuple):
+    """A frozen weight (out, in) for forward products in its own dtype and backward ones in float8 e4m3.
+
+    columns: (in, out), scaled by column_scales float32 (in, 1)
+    """
+
+    weight: torch.Tensor
+    columns: torch.Tensor
+    column_scales: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Fp8BackwardWeight:
+        return cls(weight, *quantize_rows(weight.t().contiguous()))
+
+
+Weight = torch.Tensor | Fp8Weight | Fp8BackwardWeight
+#: What a decoder's frozen linear layers may compute in while training, and the form of weight that does it.
+PRECISIONS: Final[dict[str, type[Fp8Weight] | type[Fp8BackwardWeight] | None]] = {
+    "dtype": None,
+    "fp8": Fp8Weight,
+    "fp8-backward": Fp8BackwardWeight,
+}
 FP8: Final = torch.float8_e4m3fn
 FP8_MAX: Final = 448.0
 
@@ -303,11 +324,29 @@ class _Fp8Linear(torch.autograd.Function):
         return _fp8_product(grads[0], *ctx.saved_tensors), None, None, None, None
 
 
+class _Fp8BackwardLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor, column_scales: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(columns, column_scales)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _fp8_product(grads[0], *ctx.saved_tensors), None, None, None
+
+
+# In the graph as they are: where torch 2.11's dynamo looks into such a function, it takes the product in 8 bits for a
+# constant and compiles a backward of zeros.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _fp8_linear(x: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
-    # In the graph as it is: where torch 2.11's dynamo looks into the function, it takes the product in 8 bits for a
-    # constant and compiles a backward of zeros.
     return _Fp8Linear.apply(x, *weight)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _fp8_backward_linear(x: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
+    return _Fp8BackwardLinear.apply(x, *weight)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def frozen_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -315,23 +354,28 @@ def frozen_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
 
     With an `Fp8Weight` both operands of both products are float8 with a scale a row, sums are float32, and the result
     is rounded to bfloat16: each value is within (1/8 + 1/128) * (|x| @ |weight|.t()) of the exact one, plus what underflows.
+    With an `Fp8BackwardWeight` that holds for the gradient alone, and the product is the plain one.
 
     Args:
         x: (T, in); weight: (out, in).
     """
+    product: torch.Tensor
     if isinstance(weight, Fp8Weight):
-        product: torch.Tensor = _fp8_linear(x, *weight)
-        return product
-    return F.linear(x, weight)
+        product = _fp8_linear(x, *weight)
+    elif isinstance(weight, Fp8BackwardWeight):
+        product = _fp8_backward_linear(x, *weight)
+    else:
+        product = F.linear(x, weight)
+    return product
 
 
-def check_fp8(device: torch.device, compile_it: bool = False) -> None:
+def check_fp8(form: type[Fp8Weight] | type[Fp8BackwardWeight], device: torch.device, compile_it: bool = False) -> None:
     """Raises ValueError, with the reason, where scaled float8 products do not run or pass back a wrong gradient."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     x = torch.ones(32, 32, dtype=torch.bfloat16, device=device, requires_grad=True)
     linear = compiled(frozen_linear) if compile_it else frozen_linear
     try:
-        y = linear(x, Fp8Weight.of(x.detach()))
+        y = linear(x, form.of(x.detach()))
         (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{name} does not run float8 products ({error}); use --frozen-precision dtype") from error

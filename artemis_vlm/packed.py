@@ -24,7 +24,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from artemis_vlm import frozen
 from artemis_vlm.errors import RunError
-from artemis_vlm.frozen import Fp8Weight, Weight, attend, frozen_head_cross_entropy, frozen_linear, mark_rows
+from artemis_vlm.frozen import PRECISIONS, Fp8Weight, Weight, attend, frozen_head_cross_entropy, frozen_linear, mark_rows
 from artemis_vlm.image import ImageSpec
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, decoder_states, normalize
 from artemis_vlm.packing import PackedBatch
@@ -143,19 +143,25 @@ def share_memory(*linears: nn.Linear) -> torch.Tensor:
     return whole
 
 
-def layer_weights(layer: Any, last: bool, fp8: bool, device: torch.device) -> LayerWeights:
-    """What the functions above read of one of Transformers' layers; values are shared, or made anew in 8 bits."""
+def layer_weights(layer: Any, last: bool, precision: str, device: torch.device) -> LayerWeights:
+    """What the functions above read of one of Transformers' layers; values are shared, or made anew in 8 bits.
+
+    Args:
+        precision: one of `frozen.PRECISIONS`.
+    """
     a, m = layer.self_attn, layer.mlp
+    form = PRECISIONS[precision]
 
     def kept(*linears: nn.Linear) -> Weight:
         for linear in linears:  # they wait on the host if the model was in 8 bits before
             linear.weight.data = linear.weight.data.to(device)
         whole = share_memory(*linears) if len(linears) > 1 else linears[0].weight.data
-        if not fp8:
+        if form is None:
             return whole
-        made = Fp8Weight.of(whole)
-        for linear in linears:  # a copy on the host for captions and for the comparison with the manifest
-            linear.weight.data = linear.weight.data.cpu()
+        made = form.of(whole)
+        if form is Fp8Weight:
+            for linear in linears:  # a copy on the host for captions and for the comparison with the manifest
+                linear.weight.data = linear.weight.data.cpu()
         return made
 
     attention = (kept(a.q_proj), kept(a.k_proj, a.v_proj)) if last else (kept(a.q_proj, a.k_proj, a.v_proj),)
@@ -295,7 +301,8 @@ class PackedModel:
 
     Args:
         max_tokens: of the longest sample; what the kernels are told, so that lengths never compile anything anew.
-        fp8: the decoder's linear layers compute in float8; their own weights wait on the host (`original_weights`).
+        precision: of the decoder's linear layers, one of `frozen.PRECISIONS`. In fp8 their own weights wait on the host
+            (`original_weights`).
         compile_it: None: on a GPU with Triton.
 
     Raises:
@@ -308,7 +315,7 @@ class PackedModel:
         spec: ImageSpec,
         max_tokens: int,
         *,
-        fp8: bool = False,
+        precision: str = "dtype",
         compile_it: bool | None = None,
     ) -> None:
         self.model, self.spec = model, spec
@@ -317,21 +324,21 @@ class PackedModel:
         self.compile_it = frozen.can_compile(self.device) if compile_it is None else compile_it
         self.pad_to = PAD_TO if self.device.type == "cuda" else 1
         self.max_length = max_tokens + self.pad_to - 1
-        self.fp8 = fp8
+        self.precision = precision
         self.tower = PackedTower(model.visual, spec, self.compile_it)
         self.layers: list[LayerWeights] = []
         if is_known(decoder, self.max_length):
             self._prepare_decoder(decoder)
-        elif fp8:
+        elif precision != "dtype":
             raise RunError(f"fp8 is for Mistral's and Llama's layers; {type(decoder).__name__} has others: drop fp8")
         else:
             logger.warning("%s has layers that are not written out here: they run as they are", type(decoder).__name__)
             frozen.use_packed_attention(decoder)
 
     def _prepare_decoder(self, decoder: PreTrainedModel) -> None:
-        if self.fp8:
+        if form := PRECISIONS[self.precision]:
             try:
-                frozen.check_fp8(self.device, self.compile_it)
+                frozen.check_fp8(form, self.device, self.compile_it)
             except ValueError as error:
                 raise RunError(str(error)) from error
         layers = decoder.get_decoder().layers
@@ -343,19 +350,19 @@ class PackedModel:
             size,
             layers[0].input_layernorm.variance_epsilon,
         )
-        self.layers = self._decoder_layers(self.fp8)
+        self.layers = self._decoder_layers(self.precision)
 
-    def _decoder_layers(self, fp8: bool) -> list[LayerWeights]:
+    def _decoder_layers(self, precision: str) -> list[LayerWeights]:
         layers = self.model.language_model.get_decoder().layers
-        return [layer_weights(layer, layer is layers[-1], fp8, self.device) for layer in layers]
+        return [layer_weights(layer, layer is layers[-1], precision, self.device) for layer in layers]
 
     @contextmanager
     def exact(self) -> Iterator[None]:
         """Computes with the decoder's own weights for a while, those that the exported model has; float8 is for training."""
         in_8_bits = self.layers
         with self.original_weights():
-            if self.fp8:
-                self.layers = self._decoder_layers(fp8=False)
+            if self.precision == "fp8":
+                self.layers = self._decoder_layers("dtype")
             try:
                 yield
             finally:
@@ -363,9 +370,9 @@ class PackedModel:
 
     def leave_fp8(self) -> None:
         """From now on computes with the decoder's own weights."""
-        if self.fp8:
+        if self.precision != "dtype":
             logger.info("the decoder's linear layers compute in %s from here", self.model.language_model.dtype)
-            self.fp8, self.layers = False, self._decoder_layers(fp8=False)
+            self.precision, self.layers = "dtype", self._decoder_layers("dtype")
 
     @contextmanager
     def original_weights(self) -> Iterator[None]:

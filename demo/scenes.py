@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import combinations, groupby
+from itertools import chain, combinations, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,13 +153,17 @@ def sprite(style: str, name: str) -> Image.Image:
 
 
 def place(rng: random.Random, names: list[str], style: str, width: int, height: int) -> list[tuple[Placed, Image.Image]]:
-    """Lay out one to three of each name without overlap. A draw that does not fit is drawn anew, with fewer of each."""
+    """Lay out one to three of each name without overlap. A draw that does not fit is drawn anew, with fewer of each.
+
+    Names come in the reading order of their first object: what a caption lists is then a function of the image, not of
+    the draw, and a model that reads it has nothing to guess.
+    """
     shorter = min(width, height)
     least = MIN_OBJECT / shorter * max(1.0, (width * height / MAX_AREA) ** 0.5)
     sizes = [size for size, (low, _) in SIZES.items() if low >= least] or ["medium"]
     for attempt in range(200):
         most = 1 if attempt >= 4 or (len(names) > 3 and rng.random() < 0.5) else 3
-        layout: list[tuple[Placed, Image.Image]] = []
+        groups: list[list[tuple[Placed, Image.Image]]] = []
         for name in names:
             size = "medium" if attempt >= 20 and "medium" in sizes else rng.choice(sizes)
             count = rng.choice((1, 1, 1, 2, 3)[: most + 2]) if NOUNS[name].plural else 1
@@ -167,14 +171,14 @@ def place(rng: random.Random, names: list[str], style: str, width: int, height: 
             for _ in range(count):
                 low, high = SIZES[size]
                 image = pose(rng, sprite(style, name), max(rng.uniform(low, high) * shorter, least * shorter))
-                spot = free_spot(rng, image.size, width, height, [p.box for p, _ in layout + group])
+                spot = free_spot(rng, image.size, width, height, [p.box for p, _ in [*chain(*groups), *group]])
                 if spot is not None:
                     group.append((Placed(name, spot[0], size, spot[1]), image))
             if len(group) < count:
                 break
-            layout += sorted(group, key=lambda item: reading_order(item[0].position))
+            groups.append(sorted(group, key=lambda item: reading_order(item[0])))
         else:
-            return layout
+            return list(chain(*sorted(groups, key=lambda group: reading_order(group[0][0]))))
     raise ValueError(f"{len(names)} objects do not fit in {width}x{height} pixels")
 
 
@@ -207,9 +211,9 @@ def free_spot(
     return None
 
 
-def reading_order(position: str) -> int:
-    """Rank of a position name, row by row from the top left."""
-    return [name for row in POSITIONS for name in row].index(position)
+def reading_order(placed: Placed) -> tuple[int, int]:
+    """Sorts objects by position, row by row from the top left, and within one position from left to right."""
+    return [name for row in POSITIONS for name in row].index(placed.position), placed.box[0]
 
 
 def draw_background(rng: random.Random, width: int, height: int, colours: list[str]) -> tuple[Image.Image, str]:

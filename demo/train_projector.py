@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from artemis_vlm import chat, graft
 from artemis_vlm.examples import Example
+from artemis_vlm.frozen import PRECISIONS
 from demo.scenes import ALL_NAMES, DEMO_NAMES, scene
 from pipelines import align
 from pipelines.align import Alignment, TrainConfig
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="0: as many as fit the minutes")
     parser.add_argument("--batch-size", type=int, default=CONFIG.batch_size)
     parser.add_argument("--learning-rate", type=float, default=CONFIG.learning_rate)
-    parser.add_argument("--frozen-precision", choices=("dtype", "fp8"), default="dtype")
+    parser.add_argument("--frozen-precision", choices=tuple(PRECISIONS), default="dtype")
     parser.add_argument("--exact-share", type=float, default=CONFIG.exact_share)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()

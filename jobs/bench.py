@@ -17,7 +17,8 @@ def main(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="samples/s of projector training, beside the limit of the chip")
     train.add_argument("--shapes", choices=("a3", "demo"), default="a3")
-    train.add_argument("--precision", choices=("bf16", "fp8", "both"), default="both")
+    precisions = ("bf16", "fp8-backward", "fp8")
+    train.add_argument("--precision", nargs="+", choices=precisions, default=precisions)
     train.add_argument("--baseline", action="store_true", help="also the published recipe, on the same samples")
     train.add_argument("--profile", action="store_true", help="also the parts of a step and its longest kernels")
     train.add_argument("--json", default="", metavar="FILE", help="also write the figures there")
@@ -50,9 +51,10 @@ def main(arguments: list[str]) -> int:
         return bench_data.run(args.images, args.json, AutoTokenizer.from_pretrained(assets.tokenizer()))
     from pipelines import bench_train
 
-    precisions = ("bf16", "fp8") if args.precision == "both" else (args.precision,)
     return bench_train.run(
-        bench_train.Settings(args.shapes, precisions, args.baseline, args.profile, args.json, args.batch_size, args.steps)
+        bench_train.Settings(
+            args.shapes, args.precision, args.baseline, args.profile, args.json, args.batch_size, args.steps
+        )
     )
 
 

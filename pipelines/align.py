@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from artemis_vlm.errors import RunError
 from artemis_vlm.examples import Example, split_by_tokens
-from artemis_vlm.frozen import compute_dtype
+from artemis_vlm.frozen import PRECISIONS, compute_dtype
 from artemis_vlm.image import ImageSpec
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration
 from artemis_vlm.packed import PackedModel
@@ -88,7 +88,8 @@ class TrainConfig:
     """Of the frozen parts and of all computing: bfloat16, float32, or auto, which is bfloat16 except on CPUs without it.
     The projector's weights and moments are float32."""
     frozen_precision: str = "dtype"
-    """Of the decoder's linear layers while training: `dtype`, or `fp8`, products in 8 bits; the export is not touched."""
+    """Of the decoder's linear layers while training: `dtype`; `fp8-backward`, the gradient's products in 8 bits; or `fp8`,
+    all of them. The export is not touched."""
     exact_share: float = 0.1
     """Share of the steps, the last ones, in `dtype` after fp8: the projector settles on the decoder it is exported with."""
 
@@ -132,8 +133,8 @@ class TrainConfig:
             raise RunError(f"warmup is {self.warmup}; it is a share of the steps, at least 0 and below 1")
         if self.dtype not in ("bfloat16", "float32", "auto"):
             raise RunError(f"dtype is {self.dtype}; expected bfloat16, float32 or auto")
-        if self.frozen_precision not in ("dtype", "fp8"):
-            raise RunError(f"frozen_precision is {self.frozen_precision}; expected dtype or fp8")
+        if self.frozen_precision not in PRECISIONS:
+            raise RunError(f"frozen_precision is {self.frozen_precision}; expected {', '.join(PRECISIONS)}")
         if not 0 <= self.exact_share <= 1:
             raise RunError(f"exact_share is {self.exact_share}; it is a share of the steps, from 0 to 1")
         if self.export not in ("model", "projector"):
@@ -256,8 +257,7 @@ class Alignment:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay
         )
-        fp8 = config.frozen_precision == "fp8"
-        self.packed = PackedModel(model, spec, config.max_tokens, fp8=fp8, compile_it=compile_it)
+        self.packed = PackedModel(model, spec, config.max_tokens, precision=config.frozen_precision, compile_it=compile_it)
         gpu = self.device.type == "cuda"
         self._copies = torch.cuda.Stream(self.device) if gpu else None  # type: ignore[no-untyped-call]
         self.state: dict[str, Any] = {

@@ -14,7 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from artemis_vlm import RunError, frozen
 from artemis_vlm.examples import Example
-from artemis_vlm.frozen import Fp8Weight, check_fp8, frozen_linear, quantize_rows, use_packed_attention
+from artemis_vlm.frozen import (
+    PRECISIONS,
+    Fp8BackwardWeight,
+    Fp8Weight,
+    check_fp8,
+    frozen_linear,
+    quantize_rows,
+    use_packed_attention,
+)
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, packed_features, packed_loss
 from artemis_vlm.packed import PackedModel
 from artemis_vlm.packing import PackedBatch, pack
@@ -94,7 +102,7 @@ def test_llama_is_known_and_others_run_as_they_are(caplog: pytest.LogCaptureFixt
         ours = loss_and_gradient(model, packed.loss(packed_rows(examples())))
         assert_equal(ours, plain(model, packed_rows(examples())))
     with pytest.raises(RunError, match="fp8 is for Mistral's and Llama's layers"):
-        PackedModel(model, SPEC, MAX_TOKENS, fp8=True)
+        PackedModel(model, SPEC, MAX_TOKENS, precision="fp8")
 
 
 def test_tower_features_equal_transformers_to_rounding() -> None:
@@ -152,11 +160,12 @@ def kept_for_backward(call: Callable[[], torch.Tensor]) -> set[int]:
     return kept
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_frozen_linears_keep_nothing_but_their_weight(fp8: bool) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_frozen_linears_keep_nothing_but_their_weight(precision: str) -> None:
     x, weight = torch.randn(32, 64, requires_grad=True), torch.randn(48, 64)
-    form = Fp8Weight.of(weight) if fp8 else weight
-    ours = {t.untyped_storage().data_ptr() for t in (form if isinstance(form, Fp8Weight) else (form,))}
+    kind = PRECISIONS[precision]
+    form = weight if kind is None else kind.of(weight)
+    ours = {t.untyped_storage().data_ptr() for t in (form if isinstance(form, tuple) else (form,))}
     assert kept_for_backward(lambda: frozen_linear(x, form)) <= ours
 
 
@@ -179,9 +188,13 @@ def test_fp8_linears_are_within_the_stated_bound() -> None:
             assert (ours.double() - left @ right.t()).norm() <= 0.06 * (left @ right.t()).norm()
 
 
-def test_compiled_fp8_linears_pass_back_the_same_gradient() -> None:
+FORMS = Fp8Weight, Fp8BackwardWeight
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_compiled_fp8_linears_pass_back_the_same_gradient(kind: type[Fp8Weight] | type[Fp8BackwardWeight]) -> None:
     torch.manual_seed(0)
-    x, form = torch.randn(32, 64, requires_grad=True), Fp8Weight.of(torch.randn(48, 64))
+    x, form = torch.randn(32, 64, requires_grad=True), kind.of(torch.randn(48, 64))
     slope = torch.randn(32, 48)
     gradients = [
         torch.autograd.grad(linear(x, form), x, slope)[0]
@@ -189,7 +202,17 @@ def test_compiled_fp8_linears_pass_back_the_same_gradient() -> None:
     ]
     assert gradients[0].norm() > 0
     assert torch.allclose(*gradients, rtol=1e-6)
-    check_fp8(torch.device("cpu"))
+    check_fp8(kind, torch.device("cpu"))
+
+
+def test_fp8_backward_linears_are_exact_forward_and_fp8_backward() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(32, 64, requires_grad=True), torch.randn(48, 64)
+    plain, fp8, ours = (frozen_linear(x, w) for w in (weight, Fp8Weight.of(weight), Fp8BackwardWeight.of(weight)))
+    assert torch.equal(ours, plain)
+    slope = torch.randn_like(plain)
+    gradients = [torch.autograd.grad(y, x, slope)[0] for y in (fp8, ours)]
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -202,16 +225,18 @@ def test_fp8_passes_on_what_is_not_finite(bad: float) -> None:
     assert quantize_rows(torch.zeros(2, 4))[0].float().eq(0).all()
 
 
-def test_fp8_training_is_near_and_leaves_the_model_alone() -> None:
+@pytest.mark.parametrize("precision", ["fp8", "fp8-backward"])
+def test_fp8_training_is_near_and_leaves_the_model_alone(precision: str) -> None:
     model = trained(tiny_a3()).to(torch.bfloat16)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     rows = packed_rows(examples())
     expected = loss_and_gradient(model, PackedModel(model, SPEC, MAX_TOKENS).loss(rows))
-    packed = PackedModel(model, SPEC, MAX_TOKENS, fp8=True)
+    packed = PackedModel(model, SPEC, MAX_TOKENS, precision=precision)
     ours = loss_and_gradient(model, packed.loss(rows))
     assert ours[0] == pytest.approx(expected[0], rel=0.03)
     assert F.cosine_similarity(ours[1].float(), expected[1].float(), 0) > 0.97
-    assert ours[0] != expected[0]
+    assert (ours[0] == expected[0]) == (precision == "fp8-backward")
+    assert not torch.equal(ours[1], expected[1])
     with packed.exact(), torch.no_grad():
         assert packed.loss(rows) == expected[0]
     assert packed.loss(rows).item() == pytest.approx(ours[0])
