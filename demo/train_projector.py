@@ -1,11 +1,11 @@
 """Trains the projector that the repo ships: the training loop of `jobs/train_a3.py` on one GPU, all names.
 
-    python -m demo.train_projector --decoder FOLDER --output DIR --scenes 60000 --minutes 7
+    python -m demo.train_projector --decoder FOLDER --output DIR --painted DIR --scenes 120000 --minutes 8
 
-Scenes are painted first, by a process for each core, through JPEG and back as if they came from a shard, and kept in
-memory: painting while training would starve the GPU. Without Ray, because the machine it ran on had none. Steps are
-fixed from the rate of the first few, or by `--steps`: then two runs see the same scenes in the same order, which is how
-`--frozen-precision fp8` is compared.
+Scenes are painted first, by a process for each core, through JPEG and back as if they came from a shard: painting while
+training would starve the GPU. They stay in `--painted` for the next run. Without Ray, because the machine it ran on had
+none. Steps are fixed from the rate of the first few, or by `--steps`: then two runs see the same scenes in the same order,
+which is how `--frozen-precision` is compared.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import argparse
 import io
 import json
 import multiprocessing
+import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from artemis_vlm import chat, graft
 from artemis_vlm.examples import Example
@@ -35,6 +37,7 @@ from pipelines.shards import RawSample
 
 CONFIG = TrainConfig(batch_size=128, learning_rate=1e-2, warmup=0.05, held_out=256, samples=10**6, micro_tokens=65_536)
 PROBE_STEPS = 30
+FILE_SCENES = 500
 _encoder: Encoder
 
 
@@ -55,15 +58,49 @@ def encode_scene(job: tuple[str, int]) -> Example:
     return candidate.example
 
 
-def paint(encoder: Encoder, **counts: int) -> dict[str, list[Example]]:
-    """So many scenes of each split, in order. To be called before CUDA starts: its workers are forked."""
+def paint_file(job: tuple[Path, str, range]) -> Path:
+    """Some scenes of a split in one file, painted unless it is there."""
+    folder, split_name, indices = job
+    path = folder / f"{split_name}-{indices.start:07d}-{indices.stop:07d}.safetensors"
+    if path.exists():
+        return path
+    examples = [encode_scene((split_name, index)) for index in indices]
+    tensors = {
+        "ids": torch.from_numpy(np.concatenate([e.input_ids for e in examples])),
+        "patches": torch.from_numpy(np.concatenate([e.patches for e in examples])),
+        "sizes": torch.tensor([(len(e.input_ids), e.n_prompt, *e.grid) for e in examples]),
+    }
+    aside = path.with_suffix(f".{os.getpid()}")
+    save_file(tensors, aside)
+    aside.rename(path)
+    return path
+
+
+def painted_examples(path: Path) -> Iterator[Example]:
+    """What `paint_file` wrote, in order; pixels stay in the file until they are read."""
+    tensors = load_file(path)
+    ids, patches = tensors["ids"].numpy(), tensors["patches"].numpy()
+    at = pixels = 0
+    for number, (length, n_prompt, height, width) in enumerate(tensors["sizes"].tolist()):
+        area = height * width
+        yield Example(
+            f"{path.stem}/{number}", ids[at : at + length], n_prompt, patches[pixels : pixels + area], (height, width)
+        )
+        at, pixels = at + length, pixels + area
+
+
+def paint(encoder: Encoder, folder: Path, split_name: str, count: int) -> list[Example]:
+    """So many scenes of a split, in order. To be called before CUDA starts: its workers are forked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(folder, split_name, range(i, min(i + FILE_SCENES, count))) for i in range(0, count, FILE_SCENES)]
     # Spawned workers would each import torch anew.
     with multiprocessing.get_context("fork").Pool(None, start_worker, (encoder,)) as pool:
-        return {name: pool.map(encode_scene, [(name, i) for i in range(n)], chunksize=64) for name, n in counts.items()}
+        files = pool.map(paint_file, jobs, chunksize=1)
+    return [example for file in files for example in painted_examples(file)]
 
 
 class MemoryFeed:
-    """Steps of examples that are in memory, each epoch in another order."""
+    """Steps of examples that are at hand, each epoch in another order."""
 
     def __init__(self, examples: Sequence[Example], config: TrainConfig) -> None:
         self.examples, self.config = examples, config
@@ -122,11 +159,15 @@ def main() -> None:
     parser.add_argument("--tower", type=Path, default=Path(__file__).parent / "tower")
     parser.add_argument("--decoder", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--scenes", type=int, default=60_000)
+    parser.add_argument(
+        "--painted", type=Path, required=True, help="folder of painted scenes; filled where they are missing"
+    )
+    parser.add_argument("--scenes", type=int, default=120_000)
     parser.add_argument("--minutes", type=float, default=7.0, help="of training, once the scenes are painted")
     parser.add_argument("--steps", type=int, default=0, help="0: as many as fit the minutes")
     parser.add_argument("--batch-size", type=int, default=CONFIG.batch_size)
     parser.add_argument("--learning-rate", type=float, default=CONFIG.learning_rate)
+    parser.add_argument("--seed", type=int, default=CONFIG.seed)
     parser.add_argument("--frozen-precision", choices=tuple(PRECISIONS), default="dtype")
     parser.add_argument("--exact-share", type=float, default=CONFIG.exact_share)
     parser.add_argument("--device", default="cuda")
@@ -135,11 +176,16 @@ def main() -> None:
     spec = graft.source_spec(sources, CONFIG.min_pixels, CONFIG.max_pixels)
     tokenizer = graft.load_tokenizer(args.decoder)
     encoder = Encoder(spec, tokenizer, chat.CaptionFrame.build(tokenizer, CONFIG.prompt, False), CONFIG.max_tokens)
-    painted = paint(encoder, heldout=CONFIG.held_out, train=args.scenes)
-    torch.manual_seed(CONFIG.seed)
+    started = time.perf_counter()
+    held_out, scenes = (
+        paint(encoder, args.painted, *what) for what in (("heldout", CONFIG.held_out), ("train", args.scenes))
+    )
+    print(f"{len(scenes)} scenes in {time.perf_counter() - started:.0f} s", flush=True)
+    torch.manual_seed(args.seed)
     model = graft.load_frozen(sources, torch.bfloat16, args.device)
     config = replace(
         CONFIG,
+        seed=args.seed,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         frozen_precision=args.frozen_precision,
@@ -147,11 +193,11 @@ def main() -> None:
         max_steps=args.steps,
     )
     if not args.steps:
-        rate = measured_rate(model, spec, painted["train"], config)
+        rate = measured_rate(model, spec, scenes, config)
         config = replace(config, max_steps=int(args.minutes * 60 * rate))
-    config = replace(config, save_every=max(1, config.steps // 4))
+    config = replace(config, save_every=max(1, config.steps // 16))
     print(f"torch {torch.__version__}: {config.steps} steps of {config.batch_size}", flush=True)
-    train(Alignment(model, spec, config), painted["train"], painted["heldout"], args.output)
+    train(Alignment(model, spec, config), scenes, held_out, args.output)
 
 
 if __name__ == "__main__":
