@@ -298,10 +298,11 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).to(FP8), scale
 
 
-def _fp8_product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def _fp8_product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, fast: bool = False) -> torch.Tensor:
+    """Args: fast: sums in the tensor cores' own precision, which truncates. It biases a gradient: training ends worse."""
     quantized, x_scales = quantize_rows(x)
     product: torch.Tensor = torch._scaled_mm(
-        quantized, weight.t(), scale_a=x_scales, scale_b=scales.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        quantized, weight.t(), scale_a=x_scales, scale_b=scales.t(), out_dtype=torch.bfloat16, use_fast_accum=fast
     )
     return product.to(x.dtype)
 
@@ -317,7 +318,7 @@ class _Fp8Linear(torch.autograd.Function):
         column_scales: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(columns, column_scales)
-        return _fp8_product(x, rows, row_scales)
+        return _fp8_product(x, rows, row_scales, fast=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
@@ -352,9 +353,10 @@ def _fp8_backward_linear(x: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor
 def frozen_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """`x @ weight.t()` with a gradient for x alone; nothing but the weight is kept for it.
 
-    With an `Fp8Weight` both operands of both products are float8 with a scale a row, sums are float32, and the result
-    is rounded to bfloat16: each value is within (1/8 + 1/128) * (|x| @ |weight|.t()) of the exact one, plus what underflows.
-    With an `Fp8BackwardWeight` that holds for the gradient alone, and the product is the plain one.
+    With an `Fp8Weight` both operands of both products are float8 with a scale a row, sums are float32 (on a GPU the
+    forward ones in its tensor cores' own precision), and the result is rounded to bfloat16: each value is within
+    (1/8 + 1/128) * (|x| @ |weight|.t()) of the exact one, plus what underflows. With an `Fp8BackwardWeight` that holds for
+    the gradient alone, and the product is the plain one.
 
     Args:
         x: (T, in); weight: (out, in).

@@ -369,8 +369,8 @@ class PackedModel:
                 self.layers = in_8_bits
 
     def leave_fp8(self) -> None:
-        """From now on computes with the decoder's own weights."""
-        if self.precision != "dtype":
+        """From now on computes with the decoder's own weights, if forward products were in 8 bits."""
+        if self.precision == "fp8":
             logger.info("the decoder's linear layers compute in %s from here", self.model.language_model.dtype)
             self.precision, self.layers = "dtype", self._decoder_layers("dtype")
 

@@ -121,17 +121,16 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
         assert all(torch.equal(v, weights(again)[k]) for k, v in weights(whole).items())
 
 
-@pytest.mark.parametrize("precision", ["fp8", "fp8-backward"])
-def test_the_last_steps_of_an_fp8_run_are_exact_also_when_it_continues_there(precision: str, tmp_path: Path) -> None:
+def test_the_last_steps_of_an_fp8_run_are_exact_also_when_it_continues_there(tmp_path: Path) -> None:
     exact, all_fp8, fp8 = (
-        replace(CONFIG, frozen_precision=chosen, exact_share=share)
-        for chosen, share in (("dtype", 0.0), (precision, 0.0), (precision, 0.5))
+        replace(CONFIG, frozen_precision=precision, exact_share=share)
+        for precision, share in (("dtype", 0.0), ("fp8", 0.0), ("fp8", 0.5))
     )
     assert fp8.exact_from == 3
     store = CheckpointStore(str(tmp_path), keep=10)
     losses = [[r["loss"] for r in train(start(c), Examples(0), 6, store if c is fp8 else None)[1:]] for c in (all_fp8, fp8)]
     assert losses[0][:3] == losses[1][:3]
-    assert losses[0][4] != losses[1][4]  # one step later than the products: a gradient shows in the next loss
+    assert losses[0][3] != losses[1][3]
     for begins in (2, 3):
         continued = start(fp8)
         continued.restore(store.read(begins))

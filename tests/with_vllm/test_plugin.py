@@ -25,8 +25,10 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 
 from artemis_vlm import chat, graft
+from artemis_vlm.errors import SampleError
 from artemis_vlm.image import CLIP_MEAN, ImageSpec, patchify
 from artemis_vlm.modeling import normalize, repeat_frame
+from artemis_vlm.vllm_plugin.processing import ArtemisVLMProcessor
 
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
 
@@ -99,6 +101,14 @@ def test_two_images_in_a_turn_are_refused(llm: LLM, conversations: Sequence[Conv
     turn["content"].insert(0, turn["content"][0])
     with pytest.raises(Exception, match="a turn holds 2 images; this model takes at most 1 in a turn"):
         llm.chat([turn], GREEDY, use_tqdm=False)
+
+
+def test_a_text_may_come_without_images_that_vllm_has_processed_before(folder: Path) -> None:
+    """As vLLM up to 0.24 asks, by default; a text with other images than it says is still refused."""
+    processor = ArtemisVLMProcessor.from_pretrained(folder)
+    assert [list(ids) for ids in processor(text=chat.IMAGE_TOKEN)["input_ids"]] == [[processor.image_token_id]]
+    with pytest.raises(SampleError, match="1 .* for 2 images"):
+        processor(text=chat.IMAGE_TOKEN, images=[Image.new("RGB", (64, 64))] * 2)
 
 
 def test_pixels_are_ours(folder: Path, conversations: Sequence[Conversation], tmp_path: Path) -> None:
