@@ -107,7 +107,7 @@ def test_a_text_may_come_without_images_that_vllm_has_processed_before(folder: P
     """As vLLM up to 0.24 asks, by default; a text with other images than it says is still refused."""
     processor = ArtemisVLMProcessor.from_pretrained(folder)
     assert [list(ids) for ids in processor(text=chat.IMAGE_TOKEN)["input_ids"]] == [[processor.image_token_id]]
-    with pytest.raises(SampleError, match="1 .* for 2 images"):
+    with pytest.raises(SampleError, match=r"1 .* for 2 images"):
         processor(text=chat.IMAGE_TOKEN, images=[Image.new("RGB", (64, 64))] * 2)
 
 
