@@ -5,8 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
+import re
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -179,6 +182,30 @@ def test_what_is_remembered_is_bounded_and_the_oldest_goes(
     for path in paths[-3:]:
         rows_of(path)
     assert len(walks) == 6
+
+
+def test_plain_headers_are_read_as_tarfile_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    blocks = []
+    for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        for name in ("a.jpg", "x" * 99, "x" * 100, "folder/" * 20 + "a.txt", "\u5bb6.png", "caf\udce9.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime, member.uid = rng.randrange(1 << 33), rng.randrange(1 << 31), rng.randrange(1 << 21)
+            content = member.tobuf(kind, "utf-8", "surrogateescape")
+            blocks += [content[at : at + 512] for at in range(0, len(content), 512)]
+    for block in list(blocks):
+        for _ in range(300):
+            changed = bytearray(block)
+            for _ in range(rng.choice([1, 2, 3])):
+                changed[rng.randrange(512)] = rng.choice([0, 32, 48, 49, 55, 56, 128, 255, rng.randrange(256)])
+            if rng.random() < 0.7:  # with the checksum that fits
+                changed[148:156] = b" " * 8
+                changed[148:156] = b"%06o\0 " % sum(changed)
+            blocks.append(bytes(changed))
+    quick = [tar_index._header(block) for block in blocks]
+    monkeypatch.setattr(tar_index, "_NUMBERS", re.compile(rb"(?!)"))
+    assert quick == [tar_index._header(block) for block in blocks]
+    assert 1000 < sum(header is not None for header in quick) < len(blocks)
 
 
 #: Writes and reads the same entry again and again; whatever else does so, each read must be of one whole writing.
