@@ -19,7 +19,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -186,10 +186,10 @@ def _remembered(path: Path, place: str, version: str) -> TarIndex | None:
 def _remember(path: Path, version: str, index: TarIndex) -> None:
     """Written aside and renamed, so that of two processes one comes last and neither is read half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = gzip.compress(json.dumps({"version": version, **asdict(index)}).encode(), 1, mtime=0)
+    content = json.dumps({"version": version, "samples": index.samples, "errors": index.errors}).encode()
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as aside:
         try:
-            aside.write(content)
+            aside.write(gzip.compress(content, 1, mtime=0))
             aside.close()  # which writes the rest, or raises
             os.replace(aside.name, path)
         except BaseException:
