@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.installed-dev
 
-.PHONY: help setup demo serve caption test test-ray test-units test-page test-vllm package soak check clean
+.PHONY: help setup demo serve caption test test-caption test-units test-train test-serve test-page test-vllm package soak check clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -54,17 +54,28 @@ check: $(TOOLS)  ## Lint, types, layering: seconds
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/python -m pytest -q tests/test_layering.py
 
-test: check  ## Every test; those on Ray wait much, so the others run beside them
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-ray test-units
+# Longest first: whichever of the two ends takes the next. Those on Ray wait much, so others run beside them.
+PARTS := caption units train serve
+test: check  ## Every test
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(addprefix test-,$(PARTS))
 
-ON_RAY := $(addprefix tests/test_,$(addsuffix .py,train_job reliability_ray serve caption feed cluster))
+files = $(addprefix tests/test_,$(addsuffix .py,$(1)))
+CAPTION := $(call files,caption)
+TRAIN := $(call files,train_job reliability_ray feed cluster)
+SERVE := $(call files,serve)
 PYTEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q --durations=8
 
-test-ray: $(TOOLS)
-	@$(PYTEST) $(ON_RAY)
+test-caption: $(TOOLS)
+	@$(PYTEST) $(CAPTION)
+
+test-train: $(TOOLS)
+	@$(PYTEST) $(TRAIN)
+
+test-serve: $(TOOLS)
+	@$(PYTEST) $(SERVE)
 
 test-units: $(TOOLS)
-	@$(PYTEST) tests --ignore=tests/soak --ignore=tests/with_vllm $(addprefix --ignore=,$(ON_RAY))
+	@$(PYTEST) tests $(addprefix --ignore=,tests/soak tests/with_vllm $(CAPTION) $(TRAIN) $(SERVE))
 
 package: $(TOOLS)  ## Wheel and sdist in dist/, with the pinned tools
 	@$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null

@@ -11,7 +11,6 @@ import io
 import logging
 import posixpath
 import re
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 
 from artemis_vlm.errors import RunError
 from pipelines.storage import fetch, is_hub_id, is_remote, local_path, retried
+from pipelines.tar_index import TarIndex, index_of, read_at
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,8 +37,6 @@ TEXT_COLUMNS: Final = ("text", "caption")
 HUB_COMMIT: Final = re.compile(r"hf://datasets/[\w.-]+/[\w.-]+@(?P<commit>[0-9a-f]{40})/")
 #: Rows of a Parquet file in one batch.
 PARQUET_ROWS: Final = 64
-#: Zeros that may end a tar. Writers fill up their last 10 KiB; far more is a file whose rest was never written.
-MAX_TAR_PADDING: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +142,11 @@ def _hub_files(uri: str) -> list[str]:
 
 
 @contextmanager
-def local_copy(shard: Shard) -> Iterator[Path]:
-    """The shard as a local file for a while; remote ones are fetched, with backoff.
+def local_copy(shard: Shard) -> Iterator[tuple[Path, str | None]]:
+    """The shard as a local file for a while; remote ones are fetched, with backoff. And the version of a remote one.
+
+    Fetched whole, also to go on in the middle: the rows that are left lie anywhere in it, and thousands of small requests
+    would take minutes where one takes seconds.
 
     Raises:
         RunError: it could not be opened after several attempts.
@@ -155,16 +156,19 @@ def local_copy(shard: Shard) -> Iterator[Path]:
         path = local_path(shard.uri)
         if not path.is_file():
             raise RunError(gone)
-        yield path
+        yield path, None
         return
     files, remote = fsspec.core.url_to_fs(shard.uri)
+    pinned = HUB_COMMIT.match(shard.uri)
+    if not pinned:
+        files.invalidate_cache(remote)  # a listing may be older than the file
     with tempfile.TemporaryDirectory(prefix="artemis-shard-") as folder:
         target = Path(folder) / PurePosixPath(remote).name
         try:
-            retried(f"the shard {shard.uri} could not be read", lambda: fetch(files, remote, target))
+            found = retried(f"the shard {shard.uri} could not be read", lambda: fetch(files, remote, target))
         except FileNotFoundError as error:
             raise RunError(gone) from error
-        yield target
+        yield target, repr(found) if pinned or found[1] else ""
 
 
 # --- what is in a shard ----------------------------------------------------------------------------------------------
@@ -187,12 +191,14 @@ def open_rows(shard: Shard) -> AbstractContextManager[Rows]:
 
 
 @contextmanager
-def opened(shard: Shard, tar: Callable[[str, io.BufferedReader, int], T], table: Callable[[Shard, Path], T]) -> Iterator[T]:
-    """A shard as one of two readers: of a tar (its name, file and bytes), or of a table (the shard, its local file)."""
-    with local_copy(shard) as path, ExitStack() as stack:
+def opened(
+    shard: Shard, tar: Callable[[str, io.BufferedReader, TarIndex], T], table: Callable[[Shard, Path], T]
+) -> Iterator[T]:
+    """A shard as one of two readers: of a tar (its name, file and index), or of a table (the shard, its local file)."""
+    with local_copy(shard) as (path, version), ExitStack() as stack:
         if shard.name.endswith(".tar"):
             file = stack.enter_context(retried(f"the shard {shard.uri} could not be read", lambda: path.open("rb")))
-            rows = tar(shard.name, file, path.stat().st_size)
+            rows = tar(shard.name, file, index_of(file, shard.uri if is_remote(shard.uri) else str(path), version))
         else:
             rows = table(shard, path)
         if is_remote(shard.uri):
@@ -203,96 +209,30 @@ def opened(shard: Shard, tar: Callable[[str, io.BufferedReader, int], T], table:
 class TarRows:
     """WebDataset: members `<key>.jpg` and `<key>.txt`. Each damaged stretch of a tar is one bad row; all else is used."""
 
-    def __init__(self, name: str, file: io.BufferedReader, size: int) -> None:
-        self.name, self.file, self.size = name, file, size
-        self._samples: dict[str, dict[str, tuple[int, int]]] = {}
-        self._errors: dict[str, str] = {}
-        for member, offset, length in self._members():
-            folder, _, base = member.rpartition("/")
-            key, _, extension = base.partition(".")
-            key = f"{folder}/{key}".lstrip("/")
-            parts = self._samples.setdefault(key, {})
-            if extension.lower() in parts:
-                self._errors[key] = f"the shard holds {member} twice"
-            parts[extension.lower()] = offset, length
-        self._keys = list(self._samples)
-
-    def _members(self) -> Iterator[tuple[str, int, int]]:
-        """(name, offset, bytes) of each whole file, in order.
-
-        `tarfile` takes the first bad header for the end and may run for ever on a hostile one, so this walks by itself:
-        over what is no header, block by block, to the next. Blocks of zeros end an archive and may stand between two.
-        """
-        at, name = 0, ""
-        damage = zeros = 0  # bytes of each, the zeros last, just before `at`
-        while at < self.size:
-            block = self._bytes(at, tarfile.BLOCKSIZE)
-            header = _tar_header(block)
-            start = at + tarfile.BLOCKSIZE
-            if not header or start + header.size > self.size:
-                damage, zeros = (damage, zeros + len(block)) if not any(block) else (damage + zeros + len(block), 0)
-                at += len(block)
-                continue
-            if damage or zeros > MAX_TAR_PADDING:
-                self._damaged(at, damage + zeros)
-            damage = zeros = 0
-            at = start + -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            if header.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-                name = _long_name(header.type, self._bytes(start, header.size)) or name
-                continue
-            if header.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                yield name or header.name, start, header.size
-            name = ""
-        if damage or not 0 < zeros <= MAX_TAR_PADDING:
-            self._damaged(min(at, self.size), damage + zeros)
-
-    def _damaged(self, end: int, length: int) -> None:
-        key = f"(bytes {end - length} to {end})"
-        self._samples[key] = {}
-        self._errors[key] = f"{length} bytes of the shard are damaged" if length else "the shard is cut off: no end mark"
+    def __init__(self, name: str, file: io.BufferedReader, index: TarIndex) -> None:
+        self.name, self.file, self.index = name, file, index
+        self._keys = list(index.samples)
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def __getitem__(self, index: int) -> RawSample:
         key = self._keys[index]
-        uid, parts = f"{self.name}/{key}", self._samples[key]
+        uid, parts = f"{self.name}/{key}", self.index.samples[key]
         images = [extension for extension in parts if extension in IMAGE_EXTENSIONS]
         text = next((extension for extension in TEXT_EXTENSIONS if extension in parts), None)
-        if error := self._errors.get(key):
+        if error := self.index.errors.get(key):
             return RawSample(uid, error=error)
         if len(images) != 1 or text is None:
             found = ", ".join(parts)
             return RawSample(uid, error=f"the pair is not whole: found {found}, expected an image and txt")
-        return RawSample(uid, self._bytes(*parts[images[0]]), self._bytes(*parts[text]))
+        return RawSample(uid, read_at(self.file, *parts[images[0]]), read_at(self.file, *parts[text]))
 
     def files(self, index: int) -> tuple[str, dict[str, bytes], str]:
         """All of a sample: its key, its files by extension, and what is wrong with the stretch of tar it was in."""
         key = self._keys[index]
-        return key, {e: self._bytes(*at) for e, at in self._samples[key].items()}, self._errors.get(key, "")
-
-    def _bytes(self, offset: int, length: int) -> bytes:
-        self.file.seek(offset)
-        return self.file.read(length)
-
-
-def _tar_header(block: bytes) -> tarfile.TarInfo | None:
-    """The header in a block, if it is one. A name that is no UTF-8 becomes one: uids are text everywhere."""
-    try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
-    except (tarfile.HeaderError, ValueError, OverflowError):  # a hostile number can raise any of them
-        return None
-    if not (header.isreg() or header.type not in tarfile.SUPPORTED_TYPES or header.type == tarfile.GNUTYPE_LONGNAME):
-        header.size = 0  # links and folders have no bytes, whatever they say
-    return header if header.size >= 0 else None
-
-
-def _long_name(kind: bytes, data: bytes) -> str:
-    """The next member's name: of a pax header, if it gives one, or GNU's."""
-    if kind == tarfile.XHDTYPE:
-        found = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", data)
-        data = found[1] if found else b""
-    return data.rstrip(b"\0").decode("utf-8", "backslashreplace")
+        files = {e: read_at(self.file, *at) for e, at in self.index.samples[key].items()}
+        return key, files, self.index.errors.get(key, "")
 
 
 class TableRows:

@@ -85,12 +85,17 @@ def retried(failure: str, attempt: Callable[[], T]) -> T:
         number += 1
 
 
-def fetch(files: Any, remote: str, target: Path) -> None:
-    """Copies a remote file here; one that comes short is an error."""
-    expected = files.info(remote)["size"]
+def fetch(files: Any, remote: str, target: Path) -> tuple[int, str | None]:
+    """Copies a remote file here; one that comes short is an error.
+
+    Returns:
+        its size and what else tells its content from another's there: etag or mtime, None where the store gives neither.
+    """
+    info = files.info(remote)
     files.get_file(remote, str(target))
-    if (found := target.stat().st_size) != expected:
-        raise OSError(f"{found} bytes came of {expected}")
+    if (found := target.stat().st_size) != info["size"]:
+        raise OSError(f"{found} bytes came of {info['size']}")
+    return _version(info)
 
 
 def fetch_model(uri: str, marks: Sequence[str] = ("config.json",)) -> ModelFolder:
@@ -145,8 +150,9 @@ def _fetch_remote(uri: str) -> Path:
     return target
 
 
-def _version(info: dict[str, Any]) -> tuple[Any, ...]:
-    return info.get("size"), info.get("ETag") or info.get("etag") or str(info.get("mtime"))
+def _version(info: dict[str, Any]) -> tuple[int, str | None]:
+    found = info.get("ETag") or info.get("etag") or info.get("mtime")
+    return info["size"], str(found) if found else None
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from urllib.parse import parse_qs, unquote
 import pytest
 import s3
 import s3fs
-from samples import write_shards
+from samples import sample, write_shards, write_tar
 
-from artemis_vlm import RunError
-from pipelines import data, storage
+from artemis_vlm import LIGHT, RunError
+from pipelines import data, storage, tar_index
 from pipelines.data import Position
 from pipelines.shards import find_shards, open_rows
 
@@ -112,6 +112,33 @@ def test_a_shard_that_fails_is_tried_again_then_named(
             pass
     assert tried == ["data/deep/shards/sa_000000.tar"] * attempts
     assert pauses == [1.0, 2.0, 4.0][: attempts - 1]
+
+
+def test_the_index_of_a_shard_on_s3_is_remembered_for_its_etag(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARTEMIS_VLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(tar_index, "MIN_REMEMBERED", 1)
+    walked: list[int] = []
+    walk = tar_index.walk
+    monkeypatch.setattr(tar_index, "walk", lambda file, size: walked.append(size) or walk(file, size))
+    files = s3fs.S3FileSystem()
+    old = write_tar(tmp_path / "old.tar", map(sample, range(4))).read_bytes()
+    new = write_tar(tmp_path / "new.tar", [(f"new{n:02d}", sample(n)[1]) for n in range(4)]).read_bytes()
+    files.pipe_file("data/renewed/a.tar", old)
+    (shard,) = find_shards("s3://data/renewed")
+
+    def read() -> list[tuple[str, bytes]]:
+        with open_rows(shard) as rows:
+            return [(rows[i].uid, rows[i].text) for i in range(len(rows))]
+
+    first = read()
+    assert read() == first
+    assert len(walked) == 1
+    assert find_shards("s3://data/renewed") == [shard]  # which remembers the listing
+    s3fs.S3FileSystem(skip_instance_cache=True).pipe_file("data/renewed/a.tar", new)  # as another process does
+    assert [uid for uid, _ in read()] == [f"a.tar/new{n:02d}" for n in range(4)]
+    assert walked == [len(old)] * 2 == [len(new)] * 2
 
 
 def test_an_s3_place_without_data_is_told_in_a_sentence(bucket: str) -> None:
@@ -213,7 +240,7 @@ def hub(files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
 #: The address of the hub is read at import, so each test asks in a process of its own.
 CLIENT = """
 import json, sys
-from artemis_vlm import RunError
+from artemis_vlm.errors import RunError
 from pipelines.shards import find_shards, open_rows
 found = {}
 for uri in sys.argv[1:]:
@@ -235,6 +262,7 @@ def ask(hub_url: str, home: Path, *uris: str) -> Any:
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
+        LIGHT: "1",
     }
     done = subprocess.run([sys.executable, "-c", CLIENT, *uris], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
