@@ -145,8 +145,12 @@ class Front:
         for path in [*(self.doors.paths() if self.doors else []), None]:
             try:
                 reader, writer = await self._connect(path)
+            except ConnectionRefusedError:  # what a killed replica leaves
+                if path is not None:
+                    path.unlink(missing_ok=True)
+                continue
             except OSError:
-                continue  # of a replica that has gone
+                continue
             try:
                 await self._ask(reader, writer, client, request, body)
             except _Unanswered:
