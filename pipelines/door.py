@@ -1,8 +1,9 @@
 """A second way into an HTTP replica, for the front on its own node: a Unix socket, with no proxy of Ray Serve between.
 
-The proxy is two more hops for each request, and a third for its body: 5 of 17 ms. Sockets lie in a folder that only
-their user can enter; what is in it is open. Each replica puts one there and takes it away before it ends, so the folder
-is all that the front needs to know. Where there is none, as on another node, the proxy still leads everywhere.
+The proxy is two more hops for each request, and a third for its body: in one run a bare /health took 5.3 ms over it and
+0.9 past it. Sockets lie in a folder that only their user can enter; what is in it is open. Each replica puts one there
+and takes it away before it ends, so the folder is all that the front needs to know. Where there is none, as on another
+node, the proxy still leads everywhere.
 """
 
 from __future__ import annotations
