@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import functools
 import io
 import json
 import random
@@ -118,11 +119,7 @@ def _measure_ray(config: BenchServe) -> Iterator[dict[str, Any]]:
     asked = json.dumps(_body("null", 0, 1, images=True)).encode()
     for shape in NULL_SHAPES:
         served = ServeConfig(model=config.model, name="null", port=free_ports(1)[0])
-        options: dict[str, Any] = {"ray_actor_options": {"runtime_env": {"env_vars": serve.REPLICA_ENV}}}
-        encoder = ray_serve.deployment(NullEncoder).options(name="VisionEncoder", **options).bind(shape)
-        decoder = ray_serve.deployment(NullDecoder).options(name="Decoder", **options).bind()
-        api: Any = serve.Api
-        with _server(served, api.options(**options).bind(served, decoder, encoder)) as server:
+        with _server(served, functools.partial(_null_app, shape)) as server:
             over_http = asyncio.run(_one_by_one(f"{server.url}/v1/chat/completions", asked, 300))
         inside = asyncio.run(_in_process(shape, asked, 300))
         cost = statistics.median(over_http) - statistics.median(inside)
@@ -134,6 +131,14 @@ def _measure_ray(config: BenchServe) -> Iterator[dict[str, Any]]:
             "in_process_p50_ms": _ms(inside, 0.5),
             "cost_p50_ms": round(1000 * cost, 1),
         }
+
+
+def _null_app(shape: tuple[int, int, torch.dtype], config: ServeConfig, doors: str) -> Any:
+    options: dict[str, Any] = {"ray_actor_options": {"runtime_env": {"env_vars": serve.REPLICA_ENV}}}
+    encoder = ray_serve.deployment(NullEncoder).options(name="VisionEncoder", **options).bind(shape)
+    decoder = ray_serve.deployment(NullDecoder).options(name="Decoder", **options).bind()
+    api: Any = serve.Api
+    return api.options(**options).bind(config, decoder, encoder, doors)
 
 
 async def _one_by_one(url: str, asked: bytes, count: int) -> list[float]:
@@ -324,8 +329,8 @@ def _measure_plain(config: BenchServe) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _server(config: ServeConfig, application: Any = None) -> Iterator[Server]:
-    server = Server(config, application)
+def _server(config: ServeConfig, build: Callable[[ServeConfig, str], Any] | None = None) -> Iterator[Server]:
+    server = Server(config, build)
     try:
         yield server
     finally:

@@ -13,11 +13,13 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import h11
 
 from artemis_vlm.errors import RunError
+from pipelines.door import Doors
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +67,22 @@ class _Left(Exception):
     """The client went, or was too slow to be waited for."""
 
 
-class Front:
-    """Listens on one address and passes whole requests to another."""
+class _Unanswered(Exception):
+    """The server behind ended the connection before it said anything."""
 
-    def __init__(self, upstream: tuple[str, int], config: FrontConfig, check: CheckHead, refuse: Refuse) -> None:
-        self.upstream, self.config, self.check, self.refuse = upstream, config, check, refuse
+
+class Front:
+    """Listens on one address and passes whole requests to another, or to doors on this machine while there are some."""
+
+    def __init__(
+        self,
+        upstream: tuple[str, int],
+        config: FrontConfig,
+        check: CheckHead,
+        refuse: Refuse,
+        doors: Doors | None = None,
+    ) -> None:
+        self.upstream, self.config, self.check, self.refuse, self.doors = upstream, config, check, refuse, doors
         self.connections = 0
         self._clients: set[_Client] = set()
         self._stopping = False
@@ -129,24 +142,47 @@ class Front:
         return await self._pass_on(client, request, body)
 
     async def _pass_on(self, client: _Client, request: h11.Request, body: bytes) -> bool:
-        try:
-            reader, writer = await asyncio.open_connection(*self.upstream)
-        except OSError:
-            await client.answer(self.refuse(503, "the server behind this one is not up"))
-            return False
-        try:
-            passing = asyncio.ensure_future(_exchange(reader, writer, client, request, body))
-            leaving = asyncio.ensure_future(client.watch())
-            await asyncio.wait([passing, leaving], return_when=asyncio.FIRST_COMPLETED)
-            for task in (passing, leaving):
-                task.cancel()
-            await asyncio.wait([passing, leaving])
-            if passing.cancelled():
-                raise _Left
-            passing.result()
-        finally:
-            writer.close()
-        return client.next()
+        for path in [*(self.doors.paths() if self.doors else []), None]:
+            try:
+                reader, writer = await self._connect(path)
+            except ConnectionRefusedError:  # what a killed replica leaves
+                if path is not None:
+                    path.unlink(missing_ok=True)
+                continue
+            except OSError:
+                continue
+            try:
+                await self._ask(reader, writer, client, request, body)
+            except _Unanswered:
+                continue  # it went meanwhile; nobody has been told anything
+            finally:
+                writer.close()
+            return client.next()
+        await client.answer(self.refuse(503, "the server behind this one is not up"))
+        return False
+
+    async def _connect(self, path: Path | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if path is None:
+            return await asyncio.open_connection(*self.upstream)
+        return await asyncio.open_unix_connection(path)
+
+    async def _ask(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        client: _Client,
+        request: h11.Request,
+        body: bytes,
+    ) -> None:
+        passing = asyncio.ensure_future(_exchange(reader, writer, client, request, body))
+        leaving = asyncio.ensure_future(client.watch())
+        await asyncio.wait([passing, leaving], return_when=asyncio.FIRST_COMPLETED)
+        for task in (passing, leaving):
+            task.cancel()
+        await asyncio.wait([passing, leaving])
+        if passing.cancelled():
+            raise _Left
+        passing.result()
 
 
 class _TooLarge(Exception):
@@ -237,17 +273,27 @@ async def _exchange(
     headers = [*kept, (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
     writer.write(http.send(h11.Request(method=request.method, target=request.target, headers=headers)) or b"")
     writer.write((http.send(h11.Data(data=body)) or b"") + (http.send(h11.EndOfMessage()) or b""))
-    await writer.drain()
-    while True:
-        event = http.next_event()
-        if event is h11.NEED_DATA:
-            http.receive_data(await reader.read(CHUNK))
-        elif isinstance(event, h11.Response):
-            fields = [(name, value) for name, value in event.headers if name not in DROPPED - {b"content-length"}]
-            await client.send(h11.Response(status_code=event.status_code, headers=fields, reason=event.reason))
-        elif isinstance(event, (h11.Data, h11.EndOfMessage)):
-            await client.send(h11.Data(data=event.data) if isinstance(event, h11.Data) else h11.EndOfMessage())
-            if isinstance(event, h11.EndOfMessage):
-                return
-        elif isinstance(event, h11.ConnectionClosed):
-            raise _Left
+    answered = False
+    try:
+        await writer.drain()
+        while True:
+            event = http.next_event()
+            if event is h11.NEED_DATA:
+                data = await reader.read(CHUNK)
+                if not (data or answered):
+                    raise _Unanswered
+                answered = True
+                http.receive_data(data)
+            elif isinstance(event, h11.Response):
+                fields = [(name, value) for name, value in event.headers if name not in DROPPED - {b"content-length"}]
+                await client.send(h11.Response(status_code=event.status_code, headers=fields, reason=event.reason))
+            elif isinstance(event, (h11.Data, h11.EndOfMessage)):
+                await client.send(h11.Data(data=event.data) if isinstance(event, h11.Data) else h11.EndOfMessage())
+                if isinstance(event, h11.EndOfMessage):
+                    return
+            elif isinstance(event, h11.ConnectionClosed):
+                raise _Left
+    except ConnectionError as error:
+        if answered:
+            raise
+        raise _Unanswered from error

@@ -15,11 +15,14 @@ import asyncio
 import dataclasses
 import logging
 import math
+import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +44,7 @@ from artemis_vlm.frozen import compute_dtype
 from artemis_vlm.graft import load_config, load_tokenizer
 from artemis_vlm.image import Patches, decode_image, patchify
 from pipelines import openai
+from pipelines.door import Door, Doors
 from pipelines.fetch import FetchConfig, Fetcher
 from pipelines.front import Front, FrontConfig, Refusal
 from pipelines.guard import Guard, Keys, error_response, is_loopback
@@ -332,8 +336,10 @@ class Decoder:
 class Api:
     """HTTP in, HTTP out. Holds no weights and no pixels."""
 
-    def __init__(self, config: ServeConfig, decoder: Any, encoder: Any = None) -> None:
+    def __init__(self, config: ServeConfig, decoder: Any, encoder: Any = None, doors: str = "") -> None:
         self.config, self.decoder, self.encoder = config, decoder, encoder
+        self.doors = doors
+        self.door: Door | None = None
         self.fetcher = Fetcher(config.fetch)
         self.started = int(time.time())
         self.running = 0
@@ -345,7 +351,7 @@ class Api:
         self.first_token = metrics.Histogram("a3_first_token_seconds", "From request to the first text.", SECONDS)
         self.in_flight = metrics.Gauge("a3_requests_running", "Requests that run or wait in this Api.")
 
-    def __serve_build_asgi_app__(self) -> Any:
+    async def __serve_build_asgi_app__(self) -> Any:
         # Plain routes: Serve ships this class without the names that only its annotations use, which FastAPI would read.
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         app.add_route("/", self.page, methods=["GET"])
@@ -357,7 +363,15 @@ class Api:
         app.add_exception_handler(ApiError, lambda _, error: error_response(error))
         app.add_exception_handler(404, lambda *_: error_response(ApiError(404, "there is nothing at this path")))
         app.add_exception_handler(405, lambda *_: error_response(ApiError(405, "this path has another method")))
-        return Guard(app, Keys(self.config.key_hashes), self.config.max_body_bytes, self.config.body_timeout_s)
+        guarded = Guard(app, Keys(self.config.key_hashes), self.config.max_body_bytes, self.config.body_timeout_s)
+        if os.path.isdir(self.doors):  # else the front is on another node
+            self.door = Door(Path(self.doors), guarded)
+            await self.door.open()
+        return guarded
+
+    async def __del__(self) -> None:
+        if self.door is not None:
+            await self.door.close()
 
     async def page(self, _: Request) -> Response:
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
@@ -616,8 +630,11 @@ def _html(text: str) -> str:
 # --- putting it together ---------------------------------------------------------------------------------------------
 
 
-def build_app(config: ServeConfig) -> Any:
-    """The Serve application: two deployments and the front, or one and the front.
+def build_app(config: ServeConfig, doors: str = "") -> Any:
+    """The Serve application: `Api` and two stages, or one.
+
+    Args:
+        doors: folder in which an Api on the front's node opens its door.
 
     Raises:
         CheckpointError: no such model; a server that runs stays as it is.
@@ -633,7 +650,7 @@ def build_app(config: ServeConfig) -> Any:
         max_surge_percent=SURGE_PERCENT,
         ray_actor_options={"num_cpus": API_CPUS, "runtime_env": {"env_vars": REPLICA_ENV}},
     )
-    return front.bind(config, *stages)
+    return front.bind(config, *stages, doors=doors)
 
 
 def build(arguments: dict[str, Any]) -> Any:
@@ -674,17 +691,25 @@ def _sized(deployment: Any, config: ServeConfig, stage: Stage) -> Any:
 class Server:
     """A running server: the Serve application on a loopback port, and the front that others reach, in a thread here."""
 
-    def __init__(self, config: ServeConfig, application: Any = None) -> None:
+    def __init__(self, config: ServeConfig, build: Callable[[ServeConfig, str], Any] | None = None) -> None:
         """Returns when it answers.
 
         Args:
-            application: in place of `build_app`'s.
+            build: in place of `build_app`.
 
         Raises:
             RunError: the application did not come up, or the address is taken; the text has the reason.
         """
-        application = application or build_app(config)  # a wrong name is told before anything starts
         self.config = config
+        self._doors = Path(tempfile.mkdtemp(prefix="a3-"))  # short, and its user's alone
+        try:
+            self._start((build or build_app)(config, str(self._doors)))  # a wrong name is told before anything starts
+        except BaseException:
+            shutil.rmtree(self._doors)
+            raise
+
+    def _start(self, application: Any) -> None:
+        config = self.config
         self.url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
         join_or_start(config.logical_cpus)
         inner = free_ports(1)[0]
@@ -694,7 +719,8 @@ class Server:
         except RuntimeError as error:
             raise RunError(f"the server did not start: {error}") from error
         limits = FrontConfig(body_timeout_s=config.body_timeout_s, max_body_bytes=config.max_body_bytes)
-        self.front = Front(("127.0.0.1", inner), limits, self._check, lambda *a: _refusal(ApiError(*a)))
+        refuse, doors = lambda *a: _refusal(ApiError(*a)), Doors(self._doors)
+        self.front = Front(("127.0.0.1", inner), limits, self._check, refuse, doors)
         self.keys = Keys(config.key_hashes)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="front", daemon=True)
@@ -721,6 +747,7 @@ class Server:
         while self.front.connections and time.monotonic() < deadline:
             time.sleep(0.1)
         serve.shutdown()
+        shutil.rmtree(self._doors)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from artemis_vlm import RunError
+from pipelines.door import Door, Doors
 from pipelines.front import Front, FrontConfig, Refusal
 
 LIMITS = FrontConfig(
@@ -22,6 +25,7 @@ LIMITS = FrontConfig(
     max_connections=20,
 )
 POST = b"POST /x?y=1 HTTP/1.1\r\nHost: a\r\nKey: good\r\nContent-Length: 5\r\n\r\nhello"
+POST_AND_CLOSE = POST.replace(b"Host: a", b"Host: a\r\nConnection: close")
 
 
 def refuse(status: int, text: str) -> Refusal:
@@ -174,6 +178,92 @@ def test_a_client_that_leaves_or_does_not_read_is_left_behind() -> None:
         writer.close()
 
     run(test, {"pieces": 10_000, "pause": 0.01})
+
+
+def test_doors_come_before_the_address_and_are_taken_in_turn(tmp_path: Path) -> None:
+    async def test(port: int, behind: Behind, front: Front) -> None:
+        front.doors = Doors(tmp_path)
+        others = [Behind(), Behind()]
+        servers = [await asyncio.start_unix_server(b.serve, tmp_path / f"{i}.sock") for i, b in enumerate(others)]
+        for _ in range(4):
+            assert b" 200 " in await talk(port, POST_AND_CLOSE)
+        assert [len(b.requests) for b in (*others, behind)] == [2, 2, 0]
+        servers[0].close()
+        assert (tmp_path / "0.sock").exists(), "as a killed replica leaves it"
+        for _ in range(2):
+            assert b" 200 " in await talk(port, POST_AND_CLOSE)
+        assert [len(b.requests) for b in (*others, behind)] == [2, 4, 0]
+        assert not (tmp_path / "0.sock").exists()
+        servers[1].close()
+        assert b" 200 " in await talk(port, POST_AND_CLOSE)
+        assert len(behind.requests) == 1
+
+    run(test)
+
+
+def test_a_door_that_closes_before_it_answers_is_left_for_the_next(tmp_path: Path) -> None:
+    async def test(port: int, behind: Behind, front: Front) -> None:
+        front.doors = Doors(tmp_path)
+
+        async def go(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(10)
+            writer.close()
+
+        server = await asyncio.start_unix_server(go, tmp_path / "0.sock")
+        assert b" 200 " in await talk(port, POST_AND_CLOSE)
+        assert len(behind.requests) == 1
+        server.close()
+
+    run(test)
+
+
+class Slow:
+    """An application that answers after it is told to, and says if it was cancelled."""
+
+    def __init__(self) -> None:
+        self.asked, self.go, self.cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["body"] == b"x"
+        self.asked.set()
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+        await asyncio.sleep(0.1)  # what an application does after its answer is not cut off
+        self.go.clear()
+
+
+def test_a_door_ends_what_was_left_and_waits_for_what_runs(tmp_path: Path) -> None:
+    async def main() -> None:
+        app = Slow()
+        door = Door(tmp_path, app)
+        await door.open()
+        request = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx"
+        _, writer = await asyncio.open_unix_connection(door.path)
+        writer.write(request)
+        await app.asked.wait()
+        writer.close()
+        await app.cancelled.wait()
+
+        app.asked.clear()
+        reader, writer = await asyncio.open_unix_connection(door.path)
+        writer.write(request)
+        await app.asked.wait()
+        closing = asyncio.create_task(door.close())
+        await asyncio.sleep(0.5)
+        assert not door.path.exists()
+        assert not closing.done()
+        app.go.set()
+        assert (await reader.read()).endswith(b"ok")
+        writer.close()
+        await closing
+        assert not app.go.is_set()
+
+    asyncio.run(asyncio.wait_for(main(), 10))
 
 
 def test_nothing_behind_is_said() -> None:

@@ -147,10 +147,15 @@ def config(a3: Path) -> ServeConfig:
 
 
 @pytest.fixture(scope="module")
-def server(cluster: None, config: ServeConfig) -> Iterator[str]:
+def running(cluster: None, config: ServeConfig) -> Iterator[serve.Server]:
     server = serve.Server(config)
-    yield server.url
+    yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(running: serve.Server) -> str:
+    return running.url
 
 
 @pytest.fixture(scope="module")
@@ -381,8 +386,35 @@ def test_a_killed_decoder(server: str, client: client_library.OpenAI) -> None:
     assert whole[0].choices[0].message.content
 
 
-def test_one_process_for_both_stages(config: ServeConfig, client: client_library.OpenAI, reference: Reference) -> None:
+def test_the_front_needs_no_proxy(
+    running: serve.Server, client: client_library.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running.front, "upstream", ("127.0.0.1", 1))  # where nobody listens
+    assert ask(client, turn("Go.", picture())).choices[0].message.content
+
+
+def test_a_killed_api_costs_no_request(client: client_library.OpenAI, server: str) -> None:
+    """What it had not answered is asked for again, over Serve's proxy."""
+    whole: list[Any] = []
+    thread = threading.Thread(target=lambda: whole.append(ask(client, turn("Go."), max_tokens=500)))
+    thread.start()
+    time.sleep(0.3)
+    for pid in replica_pids("Api"):
+        os.kill(pid, signal.SIGKILL)
+    thread.join()
+    assert whole
+    assert whole[0].choices[0].message.content
+
+
+def test_one_process_for_both_stages(
+    config: ServeConfig, client: client_library.OpenAI, reference: Reference, running: serve.Server
+) -> None:
     ray_serve.run(serve.build_app(dataclasses.replace(config, colocate=True)), name=serve.APP, route_prefix="/")
     assert "VisionEncoder" not in ray_serve.status().applications[serve.APP].deployments
     done = ask(client, turn("Once more.", picture(3)))
     assert done.choices[0].message.content == reference.answer("Once more.", picture(3))
+    deadline = time.monotonic() + 20  # an Api that was told of no folder is reached over Serve's proxy
+    while running.front.doors.paths():
+        assert time.monotonic() < deadline, "the door of a replica that has ended is still there"
+        time.sleep(0.1)
+    assert ask(client, turn("Once more.", picture(3))).choices[0].message.content == done.choices[0].message.content
