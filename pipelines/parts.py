@@ -116,11 +116,13 @@ class Store:
 
     def __init__(self, uri: str) -> None:
         self.uri, self.remote = uri.rstrip("/"), is_remote(uri)
-        self._files, self._root = fsspec.core.url_to_fs(self.uri if self.remote else str(local_path(uri)))
+        # others write here too: a listing of before would hide their files, also from `read`
+        self._files, self._root = fsspec.core.url_to_fs(
+            self.uri if self.remote else str(local_path(uri)), use_listings_cache=False
+        )
 
     def names(self) -> set[str]:
         """Of all files."""
-        self._files.invalidate_cache()
         found = retried(f"the output {self.uri} could not be listed", lambda: self._files.find(self._root))
         return {posixpath.relpath(path, self._root) for path in found}
 

@@ -391,6 +391,17 @@ def bucket() -> Iterator[Mapping[str, str]]:
         yield env
 
 
+def test_a_store_sees_what_others_write(bucket: Mapping[str, str]) -> None:
+    """On S3, from another process: what a listing of before does not have can be read, and is listed next time."""
+    store = parts.Store("s3://captions/out")
+    store.write(f"{parts.NOTES}/a", "1")
+    assert store.names() == {f"{parts.NOTES}/a"}
+    write = "import sys; from pipelines.parts import Store; Store(sys.argv[1]).write('_SUCCESS', 'x')"
+    subprocess.run([sys.executable, "-c", write, store.uri], env={**os.environ, **bucket}, cwd=ROOT, check=True)
+    assert store.read(["_SUCCESS"]) == {"_SUCCESS": b"x"}
+    assert store.names() == {f"{parts.NOTES}/a", "_SUCCESS"}
+
+
 def test_killed_twice_on_s3_and_continued(base: CaptionConfig, bucket: Mapping[str, str], tmp_path: Path) -> None:
     config = replace(base, max_tokens=200, slots=6)  # some seconds of work, in which the kills fall
     clean = bench_caption.in_process(replace(config, output=str(tmp_path / "clean")))
