@@ -27,26 +27,42 @@ def projector_gradients(model: ArtemisVLMForConditionalGeneration) -> torch.Tens
     return found
 
 
-@pytest.mark.parametrize("pad_to", [1, 64])
-def test_packed_equals_one_by_one(pad_to: int) -> None:
-    model = tiny_a3()
-    model.set_training_stage("stage1")
-    plain = torch.zeros(())
+def one_by_one(model: ArtemisVLMForConditionalGeneration) -> tuple[float, torch.Tensor]:
+    """Summed loss, and the projector's gradient."""
+    total = torch.zeros((), dtype=model.dtype)
     for example in examples():
-        plain = plain + model(**model_inputs(model, example)).loss * example.n_targets
-    plain.backward()
-    plain_gradients = projector_gradients(model)
+        inputs = model_inputs(model, example)
+        inputs |= {name: inputs[name].to(model.dtype) for name in inputs if name == "pixel_values"}
+        total = total + model(**inputs).loss * example.n_targets
+    total.backward()
+    return total.item(), projector_gradients(model)
 
+
+def all_packed(model: ArtemisVLMForConditionalGeneration, pad_to: int) -> tuple[float, torch.Tensor]:
+    """The same of one packed row."""
     use_packed_attention(model.visual, model.language_model)
     batch = pack(examples(), image_token_id=IMAGE_ID, merge_size=2, pad_to=pad_to)
     assert batch.input_ids.shape[0] % pad_to == 0
     assert batch.n_tokens == sum(e.n_tokens for e in examples())
     packed = packed_loss(model, batch, SPEC)
     packed.backward()
-    assert packed.item() == pytest.approx(plain.item(), rel=1e-6)
-    difference = (projector_gradients(model) - plain_gradients).norm() / plain_gradients.norm()
-    assert difference < 1e-6
     assert all(p.grad is None for n, p in model.named_parameters() if "projector" not in n)
+    return packed.item(), projector_gradients(model)
+
+
+@pytest.mark.parametrize("pad_to", [1, 64])
+def test_packed_equals_one_by_one(pad_to: int) -> None:
+    """To 1e-6 where rounding is out of the way; in float32, whose own sums are off by more than that, as near as those."""
+    models = [tiny_a3().to(dtype) for dtype in (torch.float64, torch.float32)]
+    for model in models:
+        model.set_training_stage("stage1")
+    (exact_loss, exact), (plain_loss, plain) = (one_by_one(model) for model in models)
+    (exact_packed_loss, exact_packed), (packed_loss_, packed) = (all_packed(model, pad_to) for model in models)
+    assert exact_packed_loss == pytest.approx(exact_loss, rel=1e-7)
+    assert packed_loss_ == pytest.approx(plain_loss, rel=1e-6)
+    assert (exact_packed - exact).norm() < 1e-6 * exact.norm()
+    assert (packed - exact).norm() < 1.5 * (plain - exact).norm()
+    assert (packed - plain).norm() < 1.5 * (plain - exact).norm()
 
 
 def test_packing_order_and_neighbours_do_not_matter() -> None:
