@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 
 from artemis_vlm.errors import exit_code
-from pipelines.serve import ServeConfig, run
+from pipelines.serve import run
+from pipelines.stages import ServeConfig
 
 
 def main(arguments: list[str]) -> int:

@@ -43,7 +43,8 @@ from pipelines import openai, serve
 from pipelines.local import free_ports
 from pipelines.machine import machine
 from pipelines.openai import AnswerFormat, Piece, Usage
-from pipelines.serve import Grown, Job, ServeConfig, Server, Stage
+from pipelines.serve import Server
+from pipelines.stages import Grown, Job, ServeConfig, Stage
 
 PROMPT: Final = "Describe this image in detail."
 #: Of the throughput with so many clients, at which requests arrive.

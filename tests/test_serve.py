@@ -29,10 +29,10 @@ from artemis_vlm import ArtemisVLMForConditionalGeneration, RunError, SampleErro
 from artemis_vlm.engines import EngineConfig
 from artemis_vlm.image import decode_image, patchify
 from artemis_vlm.modeling import normalize
-from pipelines import openai, serve
+from pipelines import openai, serve, stages
 from pipelines.local import free_ports
 from pipelines.openai import AnswerFormat, AnswerParser, ApiError, Piece, Usage
-from pipelines.serve import ServeConfig
+from pipelines.stages import ServeConfig
 
 NEW = 12
 
@@ -169,7 +169,7 @@ class Reference:
     def __init__(self, folder: Path) -> None:
         self.model = ArtemisVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = graft.load_tokenizer(folder)
-        self.spec = serve.ImageEncoder.load(folder).spec
+        self.spec = stages.ImageEncoder.load(folder).spec
 
     def answer(self, text: str, data: bytes | None = None) -> str:
         inputs: dict[str, Any] = {}

@@ -31,7 +31,7 @@ from artemis_vlm.engines import EngineConfig
 from pipelines import serve
 from pipelines.local import free_ports, local_cluster
 from pipelines.openai import ChatRequest
-from pipelines.serve import ServeConfig, Stage
+from pipelines.stages import ServeConfig, Stage
 
 ROOT = Path(__file__).parent.parent.parent
 
