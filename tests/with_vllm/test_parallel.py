@@ -55,11 +55,11 @@ def test_two_ranks_give_the_tokens_of_plain_generate(
         )
         out = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
         expected.append(out[0, batch["input_ids"].shape[1] :].tolist())
-    asked = tmp_path / "messages.json"
+    asked, answered = tmp_path / "messages.json", tmp_path / "answers.json"
     asked.write_text(json.dumps([messages(c) for c in conversations]))
     script = Path(__file__).with_name("two_ranks.py")
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    command = [sys.executable, str(script), str(tmp_path / "a3"), str(asked)]
+    command = [sys.executable, str(script), str(tmp_path / "a3"), str(asked), str(answered)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == expected
+    assert json.loads(answered.read_text()) == expected
