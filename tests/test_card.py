@@ -30,8 +30,10 @@ TOWER, DECODER = "hf://Qwen/Qwen3-VL-2B-Instruct@89644892e4d8", "/home/someone/s
 
 
 def made(**config: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    # of its own, so that the demo's may change
+    recipe = {"batch_size": 4, "learning_rate": 3e-3, "max_steps": 152}
     fields = {"tower": "t", "decoder": "d", "data": "hf://datasets/BLIP3o/Long@abc/sa", "output": "s3://x/my-a3/"}
-    values = TrainConfig(**asdict(DEMO) | fields | config)
+    values = TrainConfig(**asdict(DEMO) | recipe | fields | config)
     data = {"shards": 3, "names": "f" * 64, "commit": "c0ffee"}
     run = {
         "started": "2026-11-24T12:00:00+00:00",
