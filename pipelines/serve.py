@@ -60,8 +60,6 @@ REPLICA_ENV: Final = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
 }
-#: Characters of a data URI that are decoded where the request is: a thread for 0.1 ms of work costs more than that.
-INLINE_URL: Final = 1 << 18
 #: Seconds between looks at which stages are up.
 WATCH_S: Final = 0.25
 #: What a call raises when the replica behind it has gone.
@@ -234,8 +232,6 @@ class Api:
 
     async def _image(self, url: str) -> bytes:
         if url[:5].lower() == "data:":
-            if len(url) <= INLINE_URL:
-                return openai.image_of_data_uri(url)
             return await asyncio.to_thread(openai.image_of_data_uri, url)
         return await self.fetcher.fetch(url)
 
