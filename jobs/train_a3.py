@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 
 from artemis_vlm.errors import exit_code
-from demo import assets
 from pipelines import report
 from pipelines.align import A3, A3_PREVIEW, DEMO, TrainConfig
 from pipelines.train import fit
@@ -35,10 +34,14 @@ def main(arguments: list[str]) -> int:
         description="Align a projector between a frozen tower and a frozen decoder.",
         args=arguments,
     )
-    return exit_code(lambda: train(assets.fill_in(config) if arguments[0] == "demo" else config))
+    return exit_code(lambda: train(config, embedded=arguments[0] == "demo"))
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, embedded: bool) -> None:
+    if embedded:  # here, since only the demo needs what `[demo]` installs
+        from demo import assets
+
+        config = assets.fill_in(config)
     print(report.summary(fit(config), config))
 
 

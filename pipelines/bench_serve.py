@@ -107,8 +107,8 @@ class NullEncoder:
         tokens, hidden, dtype = shape
         self.embedding = ImageEmbedding("null", torch.zeros(tokens, hidden, dtype=dtype), (2, 2 * tokens))
 
-    async def encode(self, data: bytes) -> list[ray.ObjectRef[ImageEmbedding]]:
-        return [ray.put(self.embedding)]
+    async def encode(self, data: bytes) -> ImageEmbedding:
+        return self.embedding
 
 
 class NullDecoder:

@@ -206,7 +206,7 @@ class Api:
                 grown: Grown = await response
                 done = True
                 return grown
-            except (*GONE, RayTaskError) as error:
+            except (*GONE, RayTaskError, RayServeException) as error:
                 if attempt == 2 or not isinstance(_cause(error), GONE):
                     raise
                 logger.warning("a replica went while %s ran; trying once more", answer_id)
@@ -219,9 +219,10 @@ class Api:
         """Sends a request to both stages; every call made is put in `calls`."""
         images: list[Any] = [await self._image(url) for url in asked.image_urls()]
         if images and self.encoder is not None:
-            calls += [self.encoder.encode.remote(data) for data in images]
-            # The decoder is asked when the embeddings are there, so that its load counts no request that waits for them.
-            images = [ref for [ref] in await asyncio.gather(*calls)]
+            # As arguments these are references, and Serve asks the decoder when the embeddings are there: its load counts
+            # no request that waits for them.
+            images = [self.encoder.encode.remote(data) for data in images]
+            calls += images
         job = job_of(asked, answer_id)
         if stream:
             response = self.decoder.options(stream=True).generate.remote(job, *images)
@@ -323,7 +324,10 @@ def api_error(error: BaseException) -> ApiError:
 
 
 def _cause(error: BaseException) -> BaseException:
-    return error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(error, RayTaskError):
+        return error.cause  # type: ignore[no-any-return]
+    # Serve's own, with what befell the encoder behind it, where the decoder was to be asked with an embedding.
+    return error.__cause__ if isinstance(error.__cause__, GONE) else error
 
 
 def job_of(asked: ChatRequest, answer_id: str) -> Job:

@@ -14,9 +14,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import ray
 import torch
-from ray import ObjectRef, serve
+from ray import serve
 from ray.util import metrics
 
 from artemis_vlm import chat, engines
@@ -174,9 +173,8 @@ class VisionEncoder:
     def __init__(self, config: ServeConfig) -> None:
         self.eyes = Eyes(config)
 
-    async def encode(self, data: bytes) -> list[ObjectRef[ImageEmbedding]]:
-        """Where the embedding lies. In a list: a bare reference would be read on the way."""
-        return [ray.put(await self.eyes.embed(data))]
+    async def encode(self, data: bytes) -> ImageEmbedding:
+        return await self.eyes.embed(data)
 
     def calls(self) -> int:
         """How often the tower has run."""

