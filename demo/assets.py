@@ -18,7 +18,7 @@ from artemis_vlm.version import __version__
 from demo import decoder as decoder_module
 from demo import scenes
 from demo import tokenizer as tokenizer_module
-from pipelines.align import TrainConfig
+from pipelines.recipe import TrainConfig
 from pipelines.storage import cache_folder
 
 #: The vision tower, in the repo.

@@ -31,8 +31,9 @@ from artemis_vlm.examples import Example
 from artemis_vlm.frozen import PRECISIONS
 from demo.scenes import ALL_NAMES, DEMO_NAMES, scene
 from pipelines import align
-from pipelines.align import Alignment, TrainConfig
+from pipelines.align import Alignment
 from pipelines.data import Encoder, Position, Step, never, split
+from pipelines.recipe import TrainConfig
 from pipelines.shards import RawSample
 
 CONFIG = TrainConfig(batch_size=128, learning_rate=1e-2, warmup=0.05, held_out=256, samples=10**6, micro_tokens=65_536)

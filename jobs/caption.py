@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tyro
 
 from artemis_vlm.errors import exit_code
-from pipelines.caption import CaptionConfig, run
+from pipelines.caption import run
+from pipelines.caption_stages import CaptionConfig
 
 
 def main(arguments: list[str]) -> int:

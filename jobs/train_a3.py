@@ -15,7 +15,7 @@ import tyro
 
 from artemis_vlm.errors import exit_code
 from pipelines import report
-from pipelines.align import A3, A3_PREVIEW, DEMO, TrainConfig
+from pipelines.recipe import A3, A3_PREVIEW, DEMO, TrainConfig
 from pipelines.train import fit
 
 RUNS = {

@@ -23,8 +23,8 @@ from artemis_vlm import chat, graft
 from artemis_vlm.errors import RunError
 from artemis_vlm.image import decode_image, patchify
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, normalize
-from pipelines import caption
-from pipelines.caption import CaptionConfig, Job
+from pipelines import caption, caption_stages
+from pipelines.caption_stages import CaptionConfig, Job
 from pipelines.local import join_or_start
 from pipelines.machine import machine
 from pipelines.parts import CaptionRow
@@ -40,7 +40,7 @@ def in_process(config: CaptionConfig) -> dict[str, Any]:
 
 def tables(job: Job) -> Iterator[pa.Table]:
     """Captioned rows; the tower runs while the engine decodes, and the engine always has more requests than slots."""
-    decode, encode, engine = caption.Decode(job), caption.Encode(job), caption.Caption(job)
+    decode, encode, engine = caption_stages.Decode(job), caption_stages.Encode(job), caption_stages.Caption(job)
     blocks = _embedded(job, decode, encode)
     loop = asyncio.new_event_loop()
     running: deque[tuple[int, asyncio.Task[pa.Table]]] = deque()
@@ -71,9 +71,9 @@ def tables(job: Job) -> Iterator[pa.Table]:
         loop.close()
 
 
-def _embedded(job: Job, decode: caption.Decode, encode: caption.Encode) -> Iterator[pa.Table]:
+def _embedded(job: Job, decode: caption_stages.Decode, encode: caption_stages.Encode) -> Iterator[pa.Table]:
     for work in job.work:
-        for raw in caption.read_blocks(work, job.config.part_rows, job.config.format):
+        for raw in caption_stages.read_blocks(work, job.config.part_rows, job.config.format):
             for decoded in decode(raw):
                 yield from encode(decoded)
 
@@ -85,7 +85,7 @@ class PlainLoop:
     """Transformers' own `generate`, one image at a time: what a script without this project does."""
 
     def __init__(self, job: Job) -> None:
-        caption.set_threads(job.config)
+        caption_stages.set_threads(job.config)
         folder = job.folder()
         self.job, self.spec, self.tokenizer = job, job.spec(folder), graft.load_tokenizer(folder)
         self.model = ArtemisVLMForConditionalGeneration.from_pretrained(folder, dtype=job.torch_dtype).eval()

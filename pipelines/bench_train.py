@@ -33,9 +33,10 @@ from artemis_vlm.frozen import attend, unpacked_attention
 from artemis_vlm.image import ImageSpec
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, normalize, repeat_frame
 from pipelines import align
-from pipelines.align import Alignment, TrainConfig
+from pipelines.align import Alignment
 from pipelines.bench_shapes import SHAPES, Report, Shapes, collect, hardware
 from pipelines.data import Step, never, split
+from pipelines.recipe import TrainConfig
 
 SPEC: Final = ImageSpec()
 IMAGE_ID: Final = 22

@@ -24,10 +24,11 @@ from artemis_vlm.examples import Example
 from artemis_vlm.generation import caption
 from artemis_vlm.image import PREPROCESSOR_FILE
 from pipelines import card, report
-from pipelines.align import Alignment, TrainConfig, differences
+from pipelines.align import Alignment, differences
 from pipelines.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore
 from pipelines.inputs import Data, Parts
 from pipelines.machine import machine
+from pipelines.recipe import TrainConfig
 from pipelines.report import CAPTIONS_FILE, METRICS_FILE, MODEL_FOLDER
 from pipelines.storage import RunFolder, write_whole
 

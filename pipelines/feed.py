@@ -51,7 +51,7 @@ from pipelines.data import (
 from pipelines.shards import RawSample, Shard
 
 if TYPE_CHECKING:
-    from pipelines.align import TrainConfig
+    from pipelines.recipe import TrainConfig
 
 Row = tuple[Any, ...]
 

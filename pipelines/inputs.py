@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from artemis_vlm import chat, graft
 from artemis_vlm.errors import RunError
 from artemis_vlm.image import ImageSpec
-from pipelines.align import TrainConfig
 from pipelines.data import Encoder, Source, find_source
+from pipelines.recipe import TrainConfig
 from pipelines.shards import Shard, check_same_data, find_shards, identity
 from pipelines.storage import fetch_model
 

@@ -11,7 +11,7 @@ import ray
 from ray.train import ScalingConfig
 
 from artemis_vlm.errors import RunError
-from pipelines.align import TrainConfig
+from pipelines.recipe import TrainConfig
 
 logger = logging.getLogger(__name__)
 

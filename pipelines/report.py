@@ -16,7 +16,7 @@ from PIL import Image
 from artemis_vlm.errors import SampleError
 from artemis_vlm.examples import Example
 from artemis_vlm.image import ImageSpec, Patches, decode_image, unpatchify
-from pipelines.align import EVAL_SHARES, TrainConfig
+from pipelines.recipe import EVAL_SHARES, TrainConfig
 
 METRICS_FILE: Final = "metrics.jsonl"
 CAPTIONS_FILE: Final = "captions.json"

@@ -31,12 +31,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from artemis_vlm import graft
 from artemis_vlm.errors import ArtemisError, RunError
 from pipelines import align, report
-from pipelines.align import Alignment, TrainConfig
+from pipelines.align import Alignment
 from pipelines.checkpoint import CheckpointStore
 from pipelines.desk import Desk, claim, earlier_run
 from pipelines.feed import HeldOut, RayFeed, find_feeder, start_feeder
 from pipelines.inputs import Data, find_data, find_parts
 from pipelines.placement import data_selector, placement, with_workers
+from pipelines.recipe import TrainConfig
 from pipelines.report import CAPTIONS_FILE, METRICS_FILE
 from pipelines.storage import RunFolder
 

@@ -29,11 +29,12 @@ from transformers import AutoTokenizer
 
 from artemis_vlm import RunError, graft
 from pipelines import align, data
-from pipelines.align import Alignment, TrainConfig
+from pipelines.align import Alignment
 from pipelines.checkpoint import CheckpointStore
 from pipelines.data import Counts, Step, never, position_from, position_json
 from pipelines.desk import Desk, claim, earlier_run
 from pipelines.inputs import Data, Parts
+from pipelines.recipe import TrainConfig
 from pipelines.shards import RawSample
 from pipelines.storage import RunFolder
 

@@ -15,8 +15,8 @@ from typing import Any
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from artemis_vlm import graft
-from pipelines.align import DEMO, TrainConfig
 from pipelines.local import LocalCluster
+from pipelines.recipe import DEMO, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 #: A run of about ten seconds of steps, beside what Ray takes to start it.

@@ -20,9 +20,10 @@ from models import SPEC, random_example, tiny_a3
 from artemis_vlm import CheckpointError, RunError
 from artemis_vlm.examples import Example
 from pipelines import align
-from pipelines.align import A3, A3_PREVIEW, DEMO, Alignment, TrainConfig
+from pipelines.align import Alignment
 from pipelines.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore
 from pipelines.data import DataEnded, Step, never, split
+from pipelines.recipe import A3, A3_PREVIEW, DEMO, EVAL_SHARES, TrainConfig, learning_rate
 
 CONFIG = TrainConfig(samples=49, held_out=1, batch_size=8, dtype="float32", save_every=1, learning_rate=1e-2)
 
@@ -75,7 +76,7 @@ def one_thread() -> None:
 def test_named_runs_have_the_published_steps() -> None:
     assert (A3.steps, A3_PREVIEW.steps, DEMO.steps) == (31_219, 3_094, 304)
     assert {0, 1560, 6240, 15600, 23400, 28080, 31219} <= A3.eval_steps
-    assert [round(share * DEMO.steps) for share in align.EVAL_SHARES] == sorted(DEMO.eval_steps)
+    assert [round(share * DEMO.steps) for share in EVAL_SHARES] == sorted(DEMO.eval_steps)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_bad_configurations_are_sentences(change: dict[str, Any], says: str) -> 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:
     config = replace(CONFIG, max_steps=100, warmup=0.05)
-    rates = [align.learning_rate(config, step) for step in range(100)]
+    rates = [learning_rate(config, step) for step in range(100)]
     assert rates[4] == max(rates) == config.learning_rate
     assert rates[0] == pytest.approx(config.learning_rate / 5)
     assert rates[99] < 1e-3 * config.learning_rate

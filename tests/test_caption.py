@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from artemis_vlm import RunError, graft
 from artemis_vlm.image import ImageSpec
 from pipelines import bench_caption, caption, data, fetch, parts, pictures
-from pipelines.caption import CaptionConfig
+from pipelines.caption_stages import CaptionConfig
 from pipelines.parts import CaptionRow, Layout, Output
 from pipelines.shards import find_shards, open_rows
 

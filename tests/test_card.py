@@ -18,11 +18,12 @@ from samples import write_shards
 from artemis_vlm import graft
 from pipelines import card
 from pipelines import machine as machines
-from pipelines.align import DEMO, Alignment, TrainConfig
+from pipelines.align import Alignment
 from pipelines.card import model_card
 from pipelines.checkpoint import CheckpointStore
 from pipelines.desk import Desk, claim
 from pipelines.inputs import find_data, find_parts
+from pipelines.recipe import DEMO, TrainConfig
 from pipelines.report import duration
 from pipelines.storage import RunFolder
 

@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 
 from artemis_vlm import RunError
 from pipelines import placement
-from pipelines.align import A3
+from pipelines.recipe import A3
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from artemis_vlm import RunError
 from pipelines import data, feed
-from pipelines.align import TrainConfig
 from pipelines.data import Candidate, Encoder, Position, Source, Step, Turn
+from pipelines.recipe import TrainConfig
 from pipelines.shards import RawSample
 
 CONFIG = TrainConfig(samples=100, held_out=0, batch_size=6, micro_tokens=150, decode_workers=1)

@@ -25,11 +25,11 @@ from samples import sample, write_tar
 from artemis_vlm import RunError
 from demo import assets
 from pipelines import align, data
-from pipelines.align import TrainConfig
 from pipelines.checkpoint import Checkpoint, CheckpointStore
 from pipelines.data import Candidate, Counts, DataEnded, Position
 from pipelines.desk import check_owner, claim, earlier_run
 from pipelines.inputs import Data, find_data
+from pipelines.recipe import TrainConfig
 from pipelines.shards import Shard, check_same_data, identity, open_rows
 from pipelines.storage import RunFolder
 

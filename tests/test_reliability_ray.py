@@ -16,10 +16,10 @@ from ray.job_submission import JobStatus
 
 from artemis_vlm import graft
 from pipelines import align
-from pipelines.align import TrainConfig
 from pipelines.checkpoint import CheckpointStore
 from pipelines.inputs import find_parts
 from pipelines.local import local_cluster
+from pipelines.recipe import TrainConfig
 
 
 @pytest.fixture(scope="module")

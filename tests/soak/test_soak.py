@@ -28,9 +28,9 @@ from transformers import PreTrainedTokenizerBase
 from artemis_vlm import graft
 from demo import assets
 from pipelines import data, feed
-from pipelines.align import TrainConfig
 from pipelines.checkpoint import CheckpointStore
 from pipelines.local import local_cluster
+from pipelines.recipe import TrainConfig
 from pipelines.train import MAX_FAILURES, fit
 
 LONG = {"max_steps": 400}

@@ -12,7 +12,7 @@ import s3
 from test_caption import kill_and_continue, rows_of, write_input
 
 from pipelines import bench_caption, parts
-from pipelines.caption import CaptionConfig
+from pipelines.caption_stages import CaptionConfig
 
 ROWS = 1600
 
