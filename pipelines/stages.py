@@ -219,17 +219,18 @@ class Decoder:
     def stats(self) -> EngineStats:
         return self.engine.stats()
 
-    async def generate(self, job: Job, *images: ImageEmbedding | bytes) -> AsyncIterator[Grown]:
+    async def generate(self, job: Job, *images: ImageEmbedding | bytes, stream: bool = True) -> AsyncIterator[Grown]:
         """The answer as it grows.
 
         Args:
             images: embeddings, or where the stages share a process, image files.
+            stream: whether anyone reads it as it grows.
 
         Raises:
             SampleError: the conversation cannot be answered as it is.
         """
         embedded = [image if isinstance(image, ImageEmbedding) else await self._embed(image) for image in images]
-        request, thinks = await asyncio.to_thread(self._request, job, tuple(embedded))
+        request, thinks = await asyncio.to_thread(self._request, job, tuple(embedded), stream)
         parser = AnswerParser("reasoning" if thinks else "content")
         plain = request.sampling.skip_special_tokens
         count = 0
@@ -245,7 +246,7 @@ class Decoder:
     async def complete(self, job: Job, *images: ImageEmbedding | bytes) -> Grown:
         """The whole answer."""
         pieces: list[Piece] = []
-        async for grown in self.generate(job, *images):
+        async for grown in self.generate(job, *images, stream=False):
             pieces += grown.pieces
         return dataclasses.replace(grown, pieces=tuple(pieces))
 
@@ -253,7 +254,7 @@ class Decoder:
         assert self.eyes is not None
         return await self.eyes.embed(image)
 
-    def _request(self, job: Job, images: tuple[ImageEmbedding, ...]) -> tuple[engines.Request, bool]:
+    def _request(self, job: Job, images: tuple[ImageEmbedding, ...], stream: bool) -> tuple[engines.Request, bool]:
         """The engine's request, and whether the prompt left a thought open."""
         thinking = job.thinking
         if thinking is None:
@@ -277,7 +278,7 @@ class Decoder:
             stop=job.stop,
             skip_special_tokens=not (thinks or job.tools),
         )
-        return engines.Request(job.id, tuple(ids), sampling, images), thinks
+        return engines.Request(job.id, tuple(ids), sampling, images, stream), thinks
 
     def _thought_is_open(self, ids: list[int]) -> bool:
         marks = [token for token in ids[-16:] if token in self.think_tokens]
