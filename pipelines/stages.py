@@ -174,6 +174,7 @@ class VisionEncoder:
         self.eyes = Eyes(config)
 
     async def encode(self, data: bytes) -> ImageEmbedding:
+        """An image file's embedding; raises SampleError on what is no image."""
         return await self.eyes.embed(data)
 
     def calls(self) -> int:
