@@ -1,6 +1,6 @@
 """Large-scale offline captioning: shards of images in, one caption or one error for every row out.
 
-    PictureSource ─► Decode (CPU) ─► Encode (tower, projector) ─► Caption (engine) ─► this process: parts.Collector
+    read_blocks ─► Decode (CPU) ─► Encode (tower, projector) ─► Caption (engine) ─► this process: parts.Collector
       read tasks      actor pool         actor pool                 actor pool           writes parts, then `_SUCCESS`
 
 Ray Data streams between pools that are sized each on its own, in bounded memory. Only the driver writes, and a part is
@@ -20,6 +20,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,10 +43,11 @@ from pipelines.caption_stages import (
     Decode,
     Encode,
     Job,
-    PictureSource,
     Pool,
     Work,
+    read_blocks,
 )
+from pipelines.feed import ShardSource
 from pipelines.local import join_or_start
 from pipelines.parts import CaptionRow, Collector, Layout, Output
 from pipelines.pictures import PictureShard, find_pictures, open_pictures
@@ -184,7 +186,7 @@ def plan(job: Job) -> ray.data.Dataset:
     rows = min(ENGINE_ROWS, config.slots)
     readers = min(len(job.work), max(1, config.engine.max_size // 2))
     dataset = ray.data.read_datasource(
-        PictureSource(job),
+        ShardSource([partial(read_blocks, work, config.part_rows, config.format) for work in job.work]),
         concurrency=readers,
         override_num_blocks=len(job.work),
         num_cpus=0,  # it mostly waits

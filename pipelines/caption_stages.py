@@ -1,6 +1,6 @@
 """What captioning is made of: its configuration, and the stages that Ray Data streams rows through.
 
-    PictureSource ─► Decode (CPU) ─► Encode (tower, projector) ─► Caption (engine)
+    read_blocks ─► Decode (CPU) ─► Encode (tower, projector) ─► Caption (engine)
 
 Each takes tables of rows and gives tables of rows; a row that fails carries its error on. Pixels, prompts, encoder and
 engine are those of training and serving. Nothing here writes.
@@ -14,15 +14,12 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-from ray.data import Datasource, ReadTask
-from ray.data.block import BlockMetadata
 
 from artemis_vlm import chat, engines, graft
 from artemis_vlm.engines import EngineConfig, EngineKind, ImageEmbedding, ImageEncoder, SamplingParams
@@ -164,25 +161,6 @@ class Job:
 
     def spec(self, folder: Path) -> ImageSpec:
         return ImageSpec.load(folder).with_limits(None, self.config.max_pixels)
-
-
-class PictureSource(Datasource):  # type: ignore[misc]
-    """Shards, a read task each; a shard is opened when its task runs."""
-
-    def __init__(self, job: Job) -> None:
-        super().__init__()
-        self.job = job
-
-    def get_name(self) -> str:
-        return "Shards"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None  # only reading would tell
-
-    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None)
-        config = self.job.config
-        return [ReadTask(partial(read_blocks, work, config.part_rows, config.format), unknown) for work in self.job.work]
 
 
 def read_blocks(work: Work, part_rows: int, output_format: FORMAT) -> Iterator[pa.Table]:

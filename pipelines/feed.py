@@ -87,12 +87,15 @@ ENCODED_SCHEMA: Final = pa.schema(
 )
 
 
-class TurnSource(Datasource):  # type: ignore[misc]
-    """Shards' turns, a read task each; a shard is opened when its task runs."""
+class ShardSource(Datasource):  # type: ignore[misc]
+    """Shards, a read task each, in their order; a shard is opened when its task runs.
 
-    def __init__(self, turns: Sequence[Turn]) -> None:
+    reads: what reads each, sent to where its task runs
+    """
+
+    def __init__(self, reads: Sequence[Callable[[], Iterator[pa.Table]]]) -> None:
         super().__init__()
-        self.turns = turns
+        self.reads = reads
 
     def get_name(self) -> str:
         return "Shards"
@@ -102,7 +105,7 @@ class TurnSource(Datasource):  # type: ignore[misc]
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
         unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None)
-        return [ReadTask(partial(read_blocks, turn, BLOCK_BYTES), unknown) for turn in self.turns]
+        return [ReadTask(read, unknown) for read in self.reads]
 
 
 def read_blocks(turn: Turn, block_bytes: int) -> Iterator[pa.Table]:
@@ -246,7 +249,7 @@ def _plan(
     context.custom_execution_callback_classes = [Breather]
     where = {"label_selector": dict(nodes)} if nodes else {}
     dataset = ray.data.read_datasource(
-        TurnSource(turns),
+        ShardSource([partial(read_blocks, turn, BLOCK_BYTES) for turn in turns]),
         concurrency=min(OPEN_SHARDS, len(turns)),
         override_num_blocks=len(turns),
         num_cpus=0,  # it mostly waits
