@@ -378,14 +378,14 @@ class PackedModel:
     def original_weights(self) -> Iterator[None]:
         """Brings weights that wait on the host back for a while, for what runs Transformers' own layers."""
         linears = [m for m in self.model.language_model.modules() if isinstance(m, nn.Linear)]
-        waiting = [linear for linear in linears if linear.weight.device != self.device]
-        for linear in waiting:
-            linear.weight.data = linear.weight.data.to(self.device)
+        waiting = [(linear, linear.weight.data) for linear in linears if linear.weight.device != self.device]
+        for linear, weight in waiting:
+            linear.weight.data = weight.to(self.device)
         try:
             yield
         finally:
-            for linear in waiting:
-                linear.weight.data = linear.weight.data.cpu()
+            for linear, weight in waiting:
+                linear.weight.data = weight  # unchanged: nothing is copied back
 
     def features(self, batch: PackedBatch) -> torch.Tensor:
         """The tower's merged features (V, out_hidden)."""

@@ -163,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tower", type=Path, default=Path(__file__).parent / "tower")
     parser.add_argument("--decoder", type=Path, required=True)
+    parser.add_argument("--projector", type=Path, help="folder of a trained one to go on from; else a new one")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
         "--painted", type=Path, required=True, help="folder of painted scenes; filled where they are missing"
@@ -187,7 +188,8 @@ def main() -> None:
     )
     print(f"{len(scenes)} scenes in {time.perf_counter() - started:.0f} s", flush=True)
     torch.manual_seed(args.seed)
-    model = graft.load_frozen(sources, torch.bfloat16, args.device)
+    trained = graft.read_projector(args.projector) if args.projector else None
+    model = graft.load_frozen(sources, torch.bfloat16, args.device, trained)
     config = replace(
         CONFIG,
         seed=args.seed,
