@@ -1,8 +1,7 @@
-"""What makes training through frozen weights fast.
+"""What makes training through frozen weights fast, beside `linear`.
 
-Attention over packed samples, linear layers that are never trained (in 8 bits if asked), and a cross entropy over a
-frozen head that never holds all logits. Each replaces a plain expression that its docstring states and the tests compare
-with.
+Attention over packed samples, and a cross entropy over a frozen head that never holds all logits. Each replaces a plain
+expression that its docstring states and the tests compare with.
 
 Shape suffixes: T tokens, H hidden size, S supervised tokens, V vocabulary, N heads, D head size.
 """
@@ -14,7 +13,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -241,148 +240,6 @@ def can_compile(device: torch.device) -> bool:
         logger.warning("no Triton here: the frozen layers run uncompiled, at about two thirds of the speed")
         return False
     return True
-
-
-# --- frozen linear layers --------------------------------------------------------------------------------------------
-
-
-class Fp8Weight(NamedTuple):
-    """A frozen weight (out, in) in float8 e4m3, in the two layouts that forward and backward products read.
-
-    rows: (out, in), scaled by row_scales float32 (out, 1); columns: (in, out), scaled by column_scales float32 (in, 1)
-    """
-
-    rows: torch.Tensor
-    row_scales: torch.Tensor
-    columns: torch.Tensor
-    column_scales: torch.Tensor
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> Fp8Weight:
-        return cls(*quantize_rows(weight), *quantize_rows(weight.t().contiguous()))
-
-
-class Fp8BackwardWeight(NamedTuple):
-    """A frozen weight (out, in) for forward products in its own dtype and backward ones in float8 e4m3.
-
-    columns: (in, out), scaled by column_scales float32 (in, 1)
-    """
-
-    weight: torch.Tensor
-    columns: torch.Tensor
-    column_scales: torch.Tensor
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> Fp8BackwardWeight:
-        return cls(weight, *quantize_rows(weight.t().contiguous()))
-
-
-Weight = torch.Tensor | Fp8Weight | Fp8BackwardWeight
-#: What a decoder's frozen linear layers may compute in while training, and the form of weight that does it.
-PRECISIONS: Final[dict[str, type[Fp8Weight] | type[Fp8BackwardWeight] | None]] = {
-    "dtype": None,
-    "fp8": Fp8Weight,
-    "fp8-backward": Fp8BackwardWeight,
-}
-FP8: Final = torch.float8_e4m3fn
-FP8_MAX: Final = 448.0
-
-
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, C) to float8 e4m3 (R, C) and float32 scales (R, 1), each row's largest value becoming 448.
-
-    A value is off by at most 1/16 of itself, or by scale / 1024 where it is small. A row with a NaN or an infinity gives
-    NaN throughout: nothing non-finite can pass for a number.
-    """
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
-    return (x.float() / scale).to(FP8), scale
-
-
-def _fp8_product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, fast: bool = False) -> torch.Tensor:
-    """Args: fast: sums in the tensor cores' own precision, which truncates. It biases a gradient: training ends worse."""
-    quantized, x_scales = quantize_rows(x)
-    product: torch.Tensor = torch._scaled_mm(
-        quantized, weight.t(), scale_a=x_scales, scale_b=scales.t(), out_dtype=torch.bfloat16, use_fast_accum=fast
-    )
-    return product.to(x.dtype)
-
-
-class _Fp8Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        rows: torch.Tensor,
-        row_scales: torch.Tensor,
-        columns: torch.Tensor,
-        column_scales: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(columns, column_scales)
-        return _fp8_product(x, rows, row_scales, fast=True)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        return _fp8_product(grads[0], *ctx.saved_tensors), None, None, None, None
-
-
-class _Fp8BackwardLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor, column_scales: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(columns, column_scales)
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _fp8_product(grads[0], *ctx.saved_tensors), None, None, None
-
-
-# In the graph as they are: where torch 2.11's dynamo looks into such a function, it takes the product in 8 bits for a
-# constant and compiles a backward of zeros.
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _fp8_linear(x: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
-    return _Fp8Linear.apply(x, *weight)  # type: ignore[no-any-return,no-untyped-call]
-
-
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _fp8_backward_linear(x: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
-    return _Fp8BackwardLinear.apply(x, *weight)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def frozen_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """`x @ weight.t()` with a gradient for x alone; nothing but the weight is kept for it.
-
-    With an `Fp8Weight` both operands of both products are float8 with a scale a row, sums are float32 (on a GPU the
-    forward ones in its tensor cores' own precision), and the result is rounded to bfloat16: each value is within
-    (1/8 + 1/128) * (|x| @ |weight|.t()) of the exact one, plus what underflows. With an `Fp8BackwardWeight` that holds for
-    the gradient alone, and the product is the plain one.
-
-    Args:
-        x: (T, in); weight: (out, in).
-    """
-    product: torch.Tensor
-    if isinstance(weight, Fp8Weight):
-        product = _fp8_linear(x, *weight)
-    elif isinstance(weight, Fp8BackwardWeight):
-        product = _fp8_backward_linear(x, *weight)
-    else:
-        product = F.linear(x, weight)
-    return product
-
-
-def check_fp8(form: type[Fp8Weight] | type[Fp8BackwardWeight], device: torch.device, compile_it: bool = False) -> None:
-    """Raises ValueError, with the reason, where scaled float8 products do not run or pass back a wrong gradient."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    x = torch.ones(32, 32, dtype=torch.bfloat16, device=device, requires_grad=True)
-    linear = compiled(frozen_linear) if compile_it else frozen_linear
-    try:
-        y = linear(x, form.of(x.detach()))
-        (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"{name} does not run float8 products ({error}); use --frozen-precision dtype") from error
-    if not (y == 32).all() or not (gradient == 32).all():
-        raise ValueError(f"float8 products are wrong on {name} with torch {torch.__version__}; use --frozen-precision dtype")
 
 
 # --- the frozen head -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ Shape suffixes: T tokens, R tail tokens, P patches, I images, H hidden size, N h
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -24,8 +24,18 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from artemis_vlm import frozen
 from artemis_vlm.errors import RunError
-from artemis_vlm.frozen import PRECISIONS, Fp8Weight, Weight, attend, frozen_head_cross_entropy, frozen_linear, mark_rows
+from artemis_vlm.frozen import attend, frozen_head_cross_entropy, mark_rows
 from artemis_vlm.image import ImageSpec
+from artemis_vlm.linear import (
+    PRECISIONS,
+    Fp8Weight,
+    ProbedWeight,
+    Weight,
+    check_fp8,
+    frozen_linear,
+    gated_linear,
+    normed_linear,
+)
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, decoder_states, normalize
 from artemis_vlm.packing import PackedBatch
 
@@ -57,6 +67,15 @@ class LayerWeights(NamedTuple):
     gate_up: Weight
     down: Weight
 
+    @property
+    def linears(self) -> dict[str, Weight]:
+        attention = {f"attention.{i}": weight for i, weight in enumerate(self.attention)}
+        return {**attention, "out": self.out, "gate_up": self.gate_up, "down": self.down}
+
+    def with_linears(self, linears: Mapping[str, Weight]) -> LayerWeights:
+        attention = tuple(linears[f"attention.{i}"] for i in range(len(self.attention)))
+        return self._replace(attention=attention, out=linears["out"], gate_up=linears["gate_up"], down=linears["down"])
+
 
 class BlockWeights(NamedTuple):
     """A tower block's: a weight and a bias each."""
@@ -82,11 +101,6 @@ def on_rows(
 # --- the decoder -----------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
-
-
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding of x (T, N, D); cos and sin (T, D)."""
     first, second = x.chunk(2, -1)
@@ -94,8 +108,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def _mlp(x: torch.Tensor, w: LayerWeights, heads: Heads) -> torch.Tensor:
-    gate, up = frozen_linear(rms_norm(x, w.mlp_norm, heads.epsilon), w.gate_up).chunk(2, -1)
-    return x + frozen_linear(F.silu(gate) * up, w.down)
+    return x + gated_linear(normed_linear(x, w.mlp_norm, heads.epsilon, w.gate_up), w.down)
 
 
 def decoder_layer(
@@ -108,7 +121,7 @@ def decoder_layer(
     max_length: int,
 ) -> torch.Tensor:
     """x (T, H) to (T, H); samples int32 (B + 1,), where they begin and end."""
-    qkv = frozen_linear(rms_norm(x, w.input_norm, heads.epsilon), w.attention[0])
+    qkv = normed_linear(x, w.input_norm, heads.epsilon, w.attention[0])
     q, k, v = torch.split(qkv.view(len(x), -1, heads.size), [heads.query, heads.key, heads.key], 1)
     out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, samples, samples, max_length, causal=True)
     return _mlp(x + frozen_linear(out.flatten(1), w.out), w, heads)
@@ -128,9 +141,9 @@ def last_decoder_layer(
     max_length: int,
 ) -> torch.Tensor:
     """x (T, H) and its tail rows x_tail (R, H) to the tail rows (R, H) of what `decoder_layer` gives."""
-    kv = frozen_linear(rms_norm(x, w.input_norm, heads.epsilon), w.attention[1])
+    kv = normed_linear(x, w.input_norm, heads.epsilon, w.attention[1])
     k, v = kv.view(len(x), -1, heads.size).chunk(2, 1)
-    q = frozen_linear(rms_norm(x_tail, w.input_norm, heads.epsilon), w.attention[0]).view(len(x_tail), -1, heads.size)
+    q = normed_linear(x_tail, w.input_norm, heads.epsilon, w.attention[0]).view(len(x_tail), -1, heads.size)
     out = attend(rotate(q, cos_tail, sin_tail), rotate(k, cos, sin), v, tails, samples, max_length, causal=True)
     return _mlp(x_tail + frozen_linear(out.flatten(1), w.out), w, heads)
 
@@ -147,7 +160,7 @@ def layer_weights(layer: Any, last: bool, precision: str, device: torch.device) 
     """What the functions above read of one of Transformers' layers; values are shared, or made anew in 8 bits.
 
     Args:
-        precision: one of `frozen.PRECISIONS`.
+        precision: one of `linear.PRECISIONS`.
     """
     a, m = layer.self_attn, layer.mlp
     form = PRECISIONS[precision]
@@ -167,6 +180,12 @@ def layer_weights(layer: Any, last: bool, precision: str, device: torch.device) 
     attention = (kept(a.q_proj), kept(a.k_proj, a.v_proj)) if last else (kept(a.q_proj, a.k_proj, a.v_proj),)
     norms = layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data
     return LayerWeights(norms[0], attention, kept(a.o_proj), norms[1], kept(m.gate_proj, m.up_proj), kept(m.down_proj))
+
+
+def named_linears(layers: Sequence[LayerWeights]) -> Iterator[tuple[str, Weight]]:
+    for i, weights in enumerate(layers):
+        for name, weight in weights.linears.items():
+            yield f"{i}.{name}", weight
 
 
 def is_known(decoder: PreTrainedModel, max_tokens: int) -> bool:
@@ -301,7 +320,7 @@ class PackedModel:
 
     Args:
         max_tokens: of the longest sample; what the kernels are told, so that lengths never compile anything anew.
-        precision: of the decoder's linear layers, one of `frozen.PRECISIONS`. In fp8 their own weights wait on the host
+        precision: of the decoder's linear layers, one of `linear.PRECISIONS`. In fp8 their own weights wait on the host
             (`original_weights`).
         compile_it: None: on a GPU with Triton.
 
@@ -338,7 +357,7 @@ class PackedModel:
     def _prepare_decoder(self, decoder: PreTrainedModel) -> None:
         if form := PRECISIONS[self.precision]:
             try:
-                frozen.check_fp8(form, self.device, self.compile_it)
+                check_fp8(form, self.device, self.compile_it)
             except ValueError as error:
                 raise RunError(str(error)) from error
         layers = decoder.get_decoder().layers
@@ -368,12 +387,6 @@ class PackedModel:
             finally:
                 self.layers = in_8_bits
 
-    def leave_fp8(self) -> None:
-        """From now on computes with the decoder's own weights, if forward products were in 8 bits."""
-        if self.precision == "fp8":
-            logger.info("the decoder's linear layers compute in %s from here", self.model.language_model.dtype)
-            self.precision, self.layers = "dtype", self._decoder_layers("dtype")
-
     @contextmanager
     def original_weights(self) -> Iterator[None]:
         """Brings weights that wait on the host back for a while, for what runs Transformers' own layers."""
@@ -386,6 +399,34 @@ class PackedModel:
         finally:
             for linear, weight in waiting:
                 linear.weight.data = weight  # unchanged: nothing is copied back
+
+    @property
+    def directions(self) -> dict[str, torch.Tensor]:
+        """Those that the products in 8 bits take nearly exactly, by layer and kind; none in another precision."""
+        return {n: w.directions for n, w in named_linears(self.layers) if isinstance(w, Fp8Weight)}
+
+    @torch.no_grad()
+    def find_directions(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
+        """The principal ones of what each linear layer is given where the decoder computes this batch in its own weights."""
+        in_8_bits, compile_it = self.layers, self.compile_it
+        with self.original_weights():
+            exact = self._decoder_layers("dtype")
+            probed = [w.with_linears({n: ProbedWeight(t, []) for n, t in w.linears.items()}) for w in exact]  # type: ignore[arg-type]
+            self.layers, self.compile_it = probed, False
+            try:
+                self.loss(batch)
+            finally:
+                self.layers, self.compile_it = in_8_bits, compile_it
+        return {name: w.found[0] for name, w in named_linears(probed) if isinstance(w, ProbedWeight)}
+
+    @torch.no_grad()
+    def take_directions(self, directions: Mapping[str, torch.Tensor]) -> None:
+        """From now on computes nearly exactly in these, named as `directions` names them."""
+        with self.original_weights():
+            exact = dict(named_linears(self._decoder_layers("dtype")))
+            for name, weight in named_linears(self.layers):
+                if isinstance(weight, Fp8Weight):
+                    weight.aim(exact[name], directions[name].to(self.device))  # type: ignore[arg-type]
 
     def features(self, batch: PackedBatch) -> torch.Tensor:
         """The tower's merged features (V, out_hidden)."""

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from artemis_vlm import chat, graft
 from artemis_vlm.examples import Example
-from artemis_vlm.frozen import PRECISIONS
+from artemis_vlm.linear import PRECISIONS
 from demo.scenes import ALL_NAMES, DEMO_NAMES, scene
 from pipelines import align
 from pipelines.align import Alignment
@@ -175,7 +175,6 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=CONFIG.learning_rate)
     parser.add_argument("--seed", type=int, default=CONFIG.seed)
     parser.add_argument("--frozen-precision", choices=tuple(PRECISIONS), default="dtype")
-    parser.add_argument("--exact-share", type=float, default=CONFIG.exact_share)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     sources = graft.Sources(args.tower, args.decoder)
@@ -196,7 +195,6 @@ def main() -> None:
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         frozen_precision=args.frozen_precision,
-        exact_share=args.exact_share,
         max_steps=args.steps,
     )
     if not args.steps:

@@ -39,6 +39,8 @@ CPU_MICRO_TOKENS: Final = 8192
 #: Of the memory that is free at step 0, how much micro-batches may take; less where the GPU's memory is the host's.
 MEMORY_SHARE: Final = 0.85
 UNIFIED_MEMORY_SHARE: Final = 0.5
+#: Samples that the directions of products in 8 bits are found from.
+AIM_SAMPLES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,19 +167,19 @@ class Alignment:
             return LoadedStep(work, [b.to(self.device) for b in batches], self._copies.record_event())
 
     def launch(self, loaded: LoadedStep | None, stopping: Callable[[], bool] = never) -> LaunchedStep:
-        """Queues forward, backward and all-reduce of this rank's share of a step; a GPU is not waited for.
+        """Queues forward, backward and all-reduce of this rank's share of a step; a GPU is waited for only by `_aim`.
 
         Every rank launches every step: one without a share, or told to stop before its share is computed, abandons it
         for all.
         """
-        if self.step >= self.config.exact_from:
-            self.packed.leave_fp8()
         self.optimizer.zero_grad(set_to_none=True)
         stream = torch.cuda.current_stream(self.device) if self._copies is not None else None
         if stream is not None and loaded is not None and loaded.ready is not None:
             stream.wait_event(loaded.ready)
             for batch in loaded.batches:
                 batch.record_stream(stream)
+        if self.packed.precision == "fp8" and self.step % self.config.aim_steps == 0:
+            self._aim(loaded.work if loaded else None)
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         abandoned = loaded is None
         for batch in loaded.batches if loaded else ():
@@ -238,6 +240,27 @@ class Alignment:
             at += parameter.numel()
         return flat[1], flat[0]
 
+    def _aim(self, work: Step | None) -> None:
+        """Finds anew in which directions products in 8 bits must be nearly exact, from the first rank's share of a step.
+
+        They move as the projector learns: with those of an untrained one, a trained one's loss is as wrong as without any.
+        """
+        directions = self.packed.directions
+        examples = [e for group in work.micro_batches for e in group][:AIM_SAMPLES] if work else []
+        with self.packed.original_weights():
+            if examples and not (dist.is_initialized() and dist.get_rank()):
+                found = self.packed.find_directions(self.pack(examples).to(self.device))
+                if all(bool(t.isfinite().all()) for t in found.values()):
+                    directions = found
+                else:
+                    logger.warning("step %d: its samples give no finite directions; the former ones stay", self.step)
+            if dist.is_initialized():
+                flat = torch.cat([t.flatten() for t in directions.values()]).view(torch.uint8)
+                dist.broadcast(flat, 0)
+                parts = torch.split(flat.view(torch.bfloat16), [t.numel() for t in directions.values()])
+                directions = {name: part.view_as(directions[name]) for name, part in zip(directions, parts)}
+            self.packed.take_directions(directions)
+
     def _skip(self, work: Step, loss: float) -> None:
         self.state["skipped"] += 1
         self.state["skipped_in_row"] += 1
@@ -285,9 +308,12 @@ class Alignment:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 moments[f"{name}.{key}"] = value.detach().cpu().clone()
         projector = {k: v.detach().cpu().clone() for k, v in self.model.multi_modal_projector.state_dict().items()}
+        tensors = {"projector": projector, "optimizer": moments}
+        if directions := {name: t.cpu().clone() for name, t in self.packed.directions.items()}:
+            tensors["directions"] = directions
         bits = {"threads": torch.get_num_threads(), "dtype": self.dtype, "compiled": self.packed.compile_it}
         bits |= {"run": self.identity}
-        return Checkpoint(self.step, {"projector": projector, "optimizer": moments}, {**self.state, **bits}, {})
+        return Checkpoint(self.step, tensors, {**self.state, **bits}, {})
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes up where a checkpoint was made, with what decides bits as it was then.
@@ -308,6 +334,8 @@ class Alignment:
             moments = {k.removeprefix(prefix): v for k, v in checkpoint.tensors["optimizer"].items() if k.startswith(prefix)}
             # "step" is a CPU scalar wherever the parameter lives
             self.optimizer.state[parameter] = {k: v if k == "step" else v.to(self.device) for k, v in moments.items()}
+        if self.packed.precision == "fp8" and "directions" in checkpoint.tensors:
+            self.packed.take_directions(checkpoint.tensors["directions"])
         self.step = checkpoint.step
         self.state = {k: checkpoint.state[k] for k in self.state}
         self.state["micro_tokens"] = self.config.micro_tokens or self.state["micro_tokens"]

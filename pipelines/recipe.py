@@ -9,7 +9,8 @@ from typing import Any, Final
 import torch
 
 from artemis_vlm.errors import RunError
-from artemis_vlm.frozen import PRECISIONS, compute_dtype
+from artemis_vlm.frozen import compute_dtype
+from artemis_vlm.linear import PRECISIONS
 
 #: Where eval loss is taken when `eval_every` is 0, and what the report shows, as shares of all steps.
 EVAL_SHARES: Final = (0.0, 0.05, 0.20, 0.50, 0.75, 0.90, 1.0)
@@ -62,8 +63,6 @@ class TrainConfig:
     frozen_precision: str = "dtype"
     """Of the decoder's linear layers while training: `dtype`; `fp8-backward`, the gradient's products in 8 bits; or `fp8`,
     all of them. The export is not touched."""
-    exact_share: float = 0.1
-    """Share of the steps, the last ones, in `dtype` after fp8: the projector settles on the decoder it is exported with."""
 
     eval_every: int = 0
     """Steps between evaluations; 0: at 0, 5, 20, 50, 75, 90 and 100 % of the steps."""
@@ -107,8 +106,6 @@ class TrainConfig:
             raise RunError(f"dtype is {self.dtype}; expected bfloat16, float32 or auto")
         if self.frozen_precision not in PRECISIONS:
             raise RunError(f"frozen_precision is {self.frozen_precision}; expected {', '.join(PRECISIONS)}")
-        if not 0 <= self.exact_share <= 1:
-            raise RunError(f"exact_share is {self.exact_share}; it is a share of the steps, from 0 to 1")
         if self.export not in ("model", "projector"):
             raise RunError(f"export is {self.export}; expected model or projector")
         if self.worker_label and "=" not in self.worker_label:
@@ -124,9 +121,9 @@ class TrainConfig:
         return frozenset(shares | set(range(0, self.steps, self.eval_every)) if self.eval_every else shares)
 
     @property
-    def exact_from(self) -> int:
-        """The number of updates after which fp8 ends."""
-        return round((1 - self.exact_share) * self.steps)
+    def aim_steps(self) -> int:
+        """After how many updates fp8 finds its directions anew."""
+        return max(1, self.steps // 20)
 
     @property
     def save_steps(self) -> int:

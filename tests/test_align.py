@@ -88,7 +88,6 @@ def test_named_runs_have_the_published_steps() -> None:
         ({"dtype": "float16"}, "expected bfloat16, float32 or auto"),
         ({"worker_label": "gb10"}, "expected key=value"),
         ({"frozen_precision": "int4"}, "expected dtype, fp8, fp8-backward"),
-        ({"exact_share": 1.5}, "from 0 to 1"),
         ({"micro_tokens": -1}, "or 0 for what fits the memory"),
     ],
 )
@@ -122,23 +121,34 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
         assert all(torch.equal(v, weights(again)[k]) for k, v in weights(whole).items())
 
 
-def test_the_last_steps_of_an_fp8_run_are_exact_also_when_it_continues_there(tmp_path: Path) -> None:
-    exact, all_fp8, fp8 = (
-        replace(CONFIG, frozen_precision=precision, exact_share=share)
-        for precision, share in (("dtype", 0.0), ("fp8", 0.0), ("fp8", 0.5))
-    )
-    assert fp8.exact_from == 3
+def test_an_fp8_run_continues_with_the_directions_it_had(tmp_path: Path) -> None:
+    config = replace(CONFIG, max_steps=60, frozen_precision="fp8")
+    assert config.aim_steps == 3
     store = CheckpointStore(str(tmp_path), keep=10)
-    losses = [[r["loss"] for r in train(start(c), Examples(0), 6, store if c is fp8 else None)[1:]] for c in (all_fp8, fp8)]
-    assert losses[0][:3] == losses[1][:3]
-    assert losses[0][3] != losses[1][3]
-    for begins in (2, 3):
-        continued = start(fp8)
-        continued.restore(store.read(begins))
-        assert [r["loss"] for r in train(continued, Examples(begins), 6)] == losses[1][begins:]
-    plain = start(exact)
-    plain.model.multi_modal_projector.load_state_dict(store.read(3).tensors["projector"])
-    assert plain.train_step(Examples(3).next())["loss"] == losses[1][3]  # type: ignore[index]
+    losses = [r["loss"] for r in train(start(config), Examples(0), 6, store) if "loss" in r]
+    found = [store.read(step).tensors["directions"] for step in (1, 2, 4)]
+    assert all(torch.equal(v, found[1][k]) and v.any() for k, v in found[0].items())
+    assert not any(torch.equal(v, found[2][k]) for k, v in found[0].items() if not k.startswith("0."))
+    for begins in (2, 3, 4):
+        continued = start(config)
+        checkpoint = store.read(begins)
+        continued.restore(checkpoint)
+        assert [r["loss"] for r in train(continued, Examples(begins), 6) if "loss" in r] == losses[begins:]
+    without = start(config)
+    without.restore(replace(checkpoint, tensors={k: v for k, v in checkpoint.tensors.items() if k != "directions"}))
+    assert train(without, Examples(begins), 6)[0]["loss"] != losses[begins]
+
+
+def test_samples_that_give_no_directions_leave_the_former_ones(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alignment = start(replace(CONFIG, frozen_precision="fp8"))
+    alignment.train_step(Examples(0).next())
+    before = {k: v.clone() for k, v in alignment.packed.directions.items()}
+    monkeypatch.setattr(alignment.packed, "find_directions", lambda batch: {k: v * math.nan for k, v in before.items()})
+    alignment.train_step(Examples(1).next())
+    assert all(torch.equal(v, before[k]) for k, v in alignment.packed.directions.items())
+    assert "step 1: its samples give no finite directions" in caplog.text
 
 
 def test_micro_batches_do_not_change_the_loss() -> None:
@@ -184,7 +194,7 @@ def test_the_next_step_is_loaded_while_this_one_runs_and_cannot_take_it_along() 
     assert [r["step"] for r in records if "loss" in r] == [1, 2]
 
 
-def run_rank(rank: int, folder: str, told_at: int | None) -> None:
+def run_rank(rank: int, folder: str, told_at: int | None, config: TrainConfig) -> None:
     """One of two ranks; rank 1 alone is told to stop, within the step after `told_at`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -197,7 +207,7 @@ def run_rank(rank: int, folder: str, told_at: int | None) -> None:
         return original(*args, **kwargs)
 
     dist.all_reduce = counted
-    alignment = start()
+    alignment = start(config)
     records: list[dict[str, Any]] = []
     store = CheckpointStore(f"{folder}/checkpoints")
     for _ in align.run(
@@ -211,12 +221,13 @@ def run_rank(rank: int, folder: str, told_at: int | None) -> None:
         pass
     evaluations = sum("eval_loss" in r for r in records)
     found = {"records": records, "reductions": reductions - evaluations, "step": alignment.step}
+    found["directions"] = {k: v.float().tolist() for k, v in alignment.packed.directions.items()}
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def two_ranks(folder: Path, told_at: int | None = None) -> list[Any]:
-    torch.multiprocessing.start_processes(run_rank, (str(folder), told_at), nprocs=2, start_method="spawn")
+def two_ranks(folder: Path, told_at: int | None = None, config: TrainConfig = CONFIG) -> list[Any]:
+    torch.multiprocessing.start_processes(run_rank, (str(folder), told_at, config), nprocs=2, start_method="spawn")
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -228,6 +239,15 @@ def test_two_ranks_give_the_curve_of_one(tmp_path: Path) -> None:
             for name in ("loss", "eval_loss"):
                 if name in theirs:
                     assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+def test_two_ranks_in_fp8_compute_in_the_same_directions(tmp_path: Path) -> None:
+    config = replace(CONFIG, frozen_precision="fp8")
+    single = [r["loss"] for r in train(start(config), Examples(0), 6) if "loss" in r]
+    first, second = two_ranks(tmp_path, config=config)
+    assert first["directions"] == second["directions"]
+    assert any(map(any, first["directions"]["0.out"]))
+    assert [r["loss"] for r in first["records"] if "loss" in r] == pytest.approx(single, rel=1e-2)
 
 
 def test_all_ranks_abandon_a_step_when_one_is_told_and_one_worker_goes_on(tmp_path: Path) -> None:

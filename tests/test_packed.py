@@ -14,14 +14,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from artemis_vlm import RunError, frozen
 from artemis_vlm.examples import Example
-from artemis_vlm.frozen import (
+from artemis_vlm.frozen import use_packed_attention
+from artemis_vlm.linear import (
+    DIRECTIONS,
     PRECISIONS,
     Fp8BackwardWeight,
     Fp8Weight,
     check_fp8,
     frozen_linear,
+    gated_linear,
+    normed_linear,
+    principal_directions,
     quantize_rows,
-    use_packed_attention,
+    rms_norm,
 )
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, packed_features, packed_loss
 from artemis_vlm.packed import PackedModel
@@ -169,23 +174,69 @@ def test_frozen_linears_keep_nothing_but_their_weight(precision: str) -> None:
     assert kept_for_backward(lambda: frozen_linear(x, form)) <= ours
 
 
-def test_fp8_linears_are_within_the_stated_bound() -> None:
+def in_few_directions(rows: int, width: int, share: float = 0.3) -> torch.Tensor:
+    """Rows that lie mostly in some directions."""
+    return torch.randn(rows, 8) @ torch.randn(8, width) + share * torch.randn(rows, width)
+
+
+@pytest.mark.parametrize("aimed", [False, True])
+@pytest.mark.parametrize("spread", [1.0, 1e-6, 1e5])
+def test_fp8_linears_are_within_the_stated_bound(spread: float, aimed: bool) -> None:
     torch.manual_seed(0)
-    for spread in (1.0, 1e-6, 1e5):
-        x = (torch.randn(96, 128) * torch.logspace(-3, 2, 96)[:, None] * spread).requires_grad_()
-        weight = torch.randn(64, 128) * torch.logspace(-2, 1, 64)[:, None]
-        form = Fp8Weight.of(weight)
-        y = frozen_linear(x, form)
-        slope = torch.randn_like(y)
-        (gradient,) = torch.autograd.grad(y, x, slope)
-        for ours, left, right in ((y, x, weight), (gradient, slope, weight.t())):
-            left, right = left.detach().double(), right.double()
-            share = 1 / 8 + 1 / 128  # two roundings to float8 and their product; one of the result to bfloat16
-            left_step, right_step = (m.abs().amax(-1, keepdim=True) / 448 / 1024 for m in (left, right))
-            bound = share * left.abs() @ right.abs().t()
-            bound += left_step * right.abs().sum(-1) + left.abs().sum(-1, keepdim=True) * right_step.t()
-            assert ((ours.double() - left @ right.t()).abs() <= bound).all()
-            assert (ours.double() - left @ right.t()).norm() <= 0.06 * (left @ right.t()).norm()
+    x = (in_few_directions(96, 128) * torch.logspace(-3, 2, 96)[:, None] * spread).requires_grad_()
+    weight = torch.randn(64, 128) * torch.logspace(-2, 1, 64)[:, None]
+    form = Fp8Weight.of(weight)
+    if aimed:
+        form.aim(weight, principal_directions(x.detach()))
+    y = frozen_linear(x, form)
+    slope = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad(y, x, slope)
+    directions = form.directions.double()
+    along = x.detach().double() @ directions
+    rest = x.detach().double() - along @ directions.t()
+    share = 1 / 8 + 1 / 128  # two roundings to float8 and their product; one of the result to bfloat16
+    for ours, left, right, exact in (
+        (y, rest, weight.double(), x.detach().double() @ weight.double().t()),
+        (gradient, slope.double(), weight.t().double(), slope.double() @ weight.double()),
+    ):
+        # A row's scale is at most its length, or that of what it is made of, over 443.
+        whole = x.detach().double() if ours is y else left
+        left_step, right_step = (m.norm(dim=-1, keepdim=True) / 443 / 1024 for m in (whole, right))
+        bound = share * left.abs() @ right.abs().t() + exact.abs() / 256
+        bound += left_step * right.abs().sum(-1) + left.abs().sum(-1, keepdim=True) * right_step.t()
+        if ours is y:
+            bound += along.abs() @ (right @ directions).abs().t() / 64
+            bound += left_step * (right @ directions).abs().sum(-1) + along.abs().sum(-1, keepdim=True) * right_step.t()
+        assert ((ours.double() - exact).abs() <= bound).all()
+        assert (ours.double() - exact).norm() <= (0.012 if aimed and ours is y else 0.06) * exact.norm()
+
+
+def test_principal_directions_hold_what_lies_in_few() -> None:
+    torch.manual_seed(0)
+    x = in_few_directions(200, 96, share=0.01)
+    found = principal_directions(x).float()
+    assert torch.allclose(found.t() @ found, torch.eye(DIRECTIONS), atol=0.01)
+    assert (x - x @ found @ found.t()).norm() < 0.01 * x.norm()
+    assert torch.equal(principal_directions(x), found.bfloat16()), "the same each time"
+    narrow = principal_directions(x[:, :20])
+    assert narrow.shape == (20, DIRECTIONS)
+    assert not narrow[:, 20:].any()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_fused_before_a_linear_layer_is_what_it_says(precision: str) -> None:
+    torch.manual_seed(0)
+    kind, norm, weight = PRECISIONS[precision], torch.rand(32), torch.randn(48, 32)
+    form = weight if kind is None else kind.of(weight)
+    x = torch.randn(16, 64, requires_grad=True)
+    half = x[:, :32]
+    for fused, plain in (
+        (normed_linear(half, norm, 1e-5, form), frozen_linear(rms_norm(half, norm, 1e-5), form)),
+        (gated_linear(x, form), frozen_linear(F.silu(half) * x[:, 32:], form)),
+    ):
+        assert torch.equal(fused, plain)
+        slope = torch.randn_like(plain)
+        assert torch.equal(*(torch.autograd.grad(y, x, slope)[0] for y in (fused, plain)))
 
 
 FORMS = Fp8Weight, Fp8BackwardWeight

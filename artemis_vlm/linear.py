@@ -1,0 +1,325 @@
+"""The decoder's frozen linear layers: in their own dtype, or in float8 e4m3 with what float8 loses most put back.
+
+The inputs of a decoder's layers lie mostly in a few directions, the same for all tokens. Rounded to 8 bits, that part
+errs the same way everywhere, and a projector trained so learns the errors. An `Fp8Weight` therefore multiplies the part
+of x in `DIRECTIONS` principal directions P nearly exactly, and only the rest in 8 bits:
+
+    x @ W.t()  =  (x - s @ P.t()) @ W.t()  +  s @ (W @ P).t(),    s = x @ P
+
+s and W @ P are each two float8 numbers, high and low, and stand as further columns beside the rest and W, so that one
+product in 8 bits does it all. That is an identity for any P; a good one makes the rest small.
+
+Shape suffixes: T tokens, K inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, Final, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from artemis_vlm import frozen
+
+logger = logging.getLogger(__name__)
+
+FP8: Final = torch.float8_e4m3fn
+FP8_MAX: Final = 448.0
+#: Scale over the length of a row, with room for directions that are orthonormal to bfloat16.
+SLACK: Final = 1.01 / FP8_MAX
+#: Principal directions of an `Fp8Weight`. Two numbers for each on both sides make 4 * 32 columns: cuBLAS is 26 to 40 %
+#: slower where their number is no multiple of 128.
+DIRECTIONS: Final = 32
+#: Rows that are enough to find them from: more than 4 samples made no difference.
+DIRECTION_ROWS: Final = 4096
+#: Rounds of subspace iteration.
+ROUNDS: Final = 3
+
+
+# --- the forms of a weight -------------------------------------------------------------------------------------------
+
+
+class Fp8Weight(NamedTuple):
+    """A frozen weight W (out, in) in float8 e4m3, in the two layouts that forward and backward products read.
+
+    rows: (out, in + 4 * DIRECTIONS), W and then W @ P in two parts, scaled by row_scales float32 (out, 1)
+    columns: (in, out), scaled by column_scales float32 (in, 1)
+    directions: bfloat16 (in, DIRECTIONS), P, orthonormal; zero until `aim`, which leaves plain 8 bits
+    """
+
+    rows: torch.Tensor
+    row_scales: torch.Tensor
+    columns: torch.Tensor
+    column_scales: torch.Tensor
+    directions: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Fp8Weight:
+        directions = torch.zeros(weight.shape[1], DIRECTIONS, dtype=torch.bfloat16, device=weight.device)
+        return cls(*_rows(weight, directions), *quantize_rows(weight.t().contiguous()), directions)
+
+    def aim(self, weight: torch.Tensor, directions: torch.Tensor) -> None:
+        """Takes other directions, in place. Args: weight: that this is made of."""
+        for mine, new in zip((self.rows, self.row_scales, self.directions), (*_rows(weight, directions), directions)):
+            mine.copy_(new)
+
+
+class Fp8BackwardWeight(NamedTuple):
+    """A frozen weight (out, in) for forward products in its own dtype and backward ones in float8 e4m3.
+
+    columns: (in, out), scaled by column_scales float32 (in, 1)
+    """
+
+    weight: torch.Tensor
+    columns: torch.Tensor
+    column_scales: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Fp8BackwardWeight:
+        return cls(weight, *quantize_rows(weight.t().contiguous()))
+
+
+class ProbedWeight(NamedTuple):
+    """A frozen weight (out, in) in its own dtype that finds the principal directions of what it is multiplied with."""
+
+    weight: torch.Tensor
+    found: list[torch.Tensor]
+
+
+Weight = torch.Tensor | Fp8Weight | Fp8BackwardWeight | ProbedWeight
+#: What a decoder's frozen linear layers may compute in while training, and the form of weight that does it.
+PRECISIONS: Final[dict[str, type[Fp8Weight] | type[Fp8BackwardWeight] | None]] = {
+    "dtype": None,
+    "fp8": Fp8Weight,
+    "fp8-backward": Fp8BackwardWeight,
+}
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, C) to float8 e4m3 (R, C) and float32 scales (R, 1), each row's largest value becoming 448.
+
+    A value is off by at most 1/16 of itself, or by scale / 1024 where it is small. A row with a NaN or an infinity gives
+    NaN throughout: nothing non-finite can pass for a number.
+    """
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
+    return (x.float() / scale).to(FP8), scale
+
+
+def split_rows(x: torch.Tensor, directions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an `Fp8Weight` multiplies: float8 (T, K + 4 * DIRECTIONS), and scales float32 (T, 1).
+
+    A value of the rest of x (T, K) is off by at most 1/16 of itself, or by scale / 1024 where it is small; one of s by
+    1/256, or the same. A scale is the row's length over 443: neither the rest nor s is longer than the row, and a float8
+    loses nothing by being far from its largest value. `split_kernel` computes the same.
+    """
+    along = (x @ directions.to(x.dtype)).bfloat16().float()
+    wide = x.float()
+    scale = (wide.norm(dim=-1, keepdim=True) * SLACK).clamp(min=1e-12)
+    high, low = _two_parts(along / scale)
+    return torch.cat((((wide - along @ directions.float().t()) / scale).to(FP8), high, low, high, low), -1), scale
+
+
+def _rows(weight: torch.Tensor, directions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = weight.float()
+    along = wide @ directions.float()
+    scale = torch.cat((wide, along), -1).abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+    high, low = _two_parts(along / scale)
+    return torch.cat(((wide / scale).to(FP8), high, high, low, low), -1), scale
+
+
+def _two_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    high = x.to(FP8)
+    return high, (x - high.float()).to(FP8)
+
+
+def principal_directions(x: torch.Tensor) -> torch.Tensor:
+    """Of the rows of x (T, K): bfloat16 (K, DIRECTIONS), orthonormal; zero columns where K is smaller.
+
+    By subspace iteration from the same start each time (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+    """
+    x = x[:DIRECTION_ROWS].float()
+    start = torch.randn(x.shape[1], DIRECTIONS, generator=torch.Generator().manual_seed(0))
+    basis = start.to(x.device)
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(x.t() @ (x @ basis)).Q
+    return F.pad(basis, (0, DIRECTIONS - basis.shape[1])).bfloat16().contiguous()
+
+
+# --- their products --------------------------------------------------------------------------------------------------
+
+
+def _scaled_product(
+    x: tuple[torch.Tensor, torch.Tensor], weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, fast: bool
+) -> torch.Tensor:
+    """Args: fast: sums in the tensor cores' own precision, which truncates. It biases a gradient: training ends worse."""
+    product: torch.Tensor = torch._scaled_mm(
+        x[0], weight.t(), scale_a=x[1], scale_b=scales.t(), out_dtype=torch.bfloat16, use_fast_accum=fast
+    )
+    return product.to(dtype)
+
+
+def _gradient(slope: torch.Tensor, columns: torch.Tensor, column_scales: torch.Tensor) -> torch.Tensor:
+    return _scaled_product(quantize_rows(slope), columns, column_scales, slope.dtype, fast=False)
+
+
+class _Fp8Linear(torch.autograd.Function):
+    """Multiplies `x`, or, where the kernel reads that, what x is made of: then x is there for its gradient alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        source: torch.Tensor,
+        norm: torch.Tensor | None,
+        epsilon: float,
+        rows: torch.Tensor,
+        row_scales: torch.Tensor,
+        columns: torch.Tensor,
+        column_scales: torch.Tensor,
+        directions: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(columns, column_scales)
+        if kernel := _kernel(x.device):
+            split = kernel.split_rows(source, norm, epsilon, directions, SLACK)
+        else:
+            split = split_rows(x, directions)
+        return _scaled_product(split, rows, row_scales, x.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _gradient(grads[0], *ctx.saved_tensors), *(None,) * 8
+
+
+class _Fp8BackwardLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor, column_scales: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(columns, column_scales)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _gradient(grads[0], *ctx.saved_tensors), None, None, None
+
+
+# In the graph as they are: where torch 2.11's dynamo looks into such a function, it takes the product in 8 bits for a
+# constant and compiles a backward of zeros.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _fp8_linear(
+    x: torch.Tensor, source: torch.Tensor, norm: torch.Tensor | None, epsilon: float, *weight: torch.Tensor
+) -> torch.Tensor:
+    return _Fp8Linear.apply(x, source, norm, epsilon, *weight)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _fp8_backward_linear(x: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
+    return _Fp8BackwardLinear.apply(x, *weight)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def frozen_linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """`x @ weight.t()` with a gradient for x alone; nothing but the weight is kept for it.
+
+    In 8 bits both operands are float8 with a scale a row, sums are float32 (on a GPU the forward ones in its tensor
+    cores' own precision), and the result is rounded to bfloat16. With an `Fp8BackwardWeight` that holds for the gradient
+    alone, and the product is the plain one. A gradient is within (1/8 + 1/128) * (|slope| @ |weight|) of the exact one,
+    plus what underflows; a product of an `Fp8Weight` within that of the rest of x (see above) and weight, plus 1/64 of
+    |s| @ |weight @ P|.t() and 1/256 of itself.
+
+    Args:
+        x: (T, in); weight: (out, in).
+    """
+    if isinstance(weight, Fp8Weight):
+        return _fp8_linear(x, x.detach(), None, 0.0, *weight)  # type: ignore[no-any-return]
+    return _exact_linear(x, weight)
+
+
+def normed_linear(x: torch.Tensor, norm: torch.Tensor, epsilon: float, weight: Weight) -> torch.Tensor:
+    """`frozen_linear(rms_norm(x, norm, epsilon), weight)`; x (T, in), norm (in,)."""
+    normed = rms_norm(x, norm, epsilon)
+    if isinstance(weight, Fp8Weight):
+        return _fp8_linear(normed, x.detach(), norm, epsilon, *weight)  # type: ignore[no-any-return]
+    return _exact_linear(normed, weight)
+
+
+def gated_linear(gate_up: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """`frozen_linear(silu(gate) * up, weight)`; gate and up are the halves of gate_up (T, 2 * in)."""
+    gate, up = gate_up.chunk(2, -1)
+    inner = F.silu(gate) * up
+    if isinstance(weight, Fp8Weight):
+        return _fp8_linear(inner, gate_up.detach(), None, 0.0, *weight)  # type: ignore[no-any-return]
+    return _exact_linear(inner, weight)
+
+
+def _exact_linear(x: torch.Tensor, weight: torch.Tensor | Fp8BackwardWeight | ProbedWeight) -> torch.Tensor:
+    if isinstance(weight, Fp8BackwardWeight):
+        return _fp8_backward_linear(x, *weight)  # type: ignore[no-any-return]
+    if isinstance(weight, ProbedWeight):
+        weight.found.append(principal_directions(x))
+        return F.linear(x, weight.weight)
+    return F.linear(x, weight)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+# --- what a device can do --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _kernel(device: torch.device) -> Any:
+    """The module that does `split_rows` on this device, or None for the plain expression. Logs which."""
+    if not frozen.can_compile(device):
+        return None
+    from artemis_vlm import split_kernel
+
+    try:
+        error = _kernel_error(split_kernel, device)
+    except Exception as failed:  # Triton has no exceptions of its own for what a device cannot do
+        error = f"{type(failed).__name__}: {failed}"
+    if error:
+        logger.warning("the kernel that rounds to 8 bits is not used on %s: %s", torch.cuda.get_device_name(device), error)
+    return None if error else split_kernel
+
+
+def _kernel_error(kernel: Any, device: torch.device) -> str:
+    """In what the kernel differs from the plain expression; empty where it does not."""
+    made = torch.Generator(device).manual_seed(0)
+    x, norm = (torch.randn(*shape, generator=made, device=device).bfloat16() for shape in ((96, 512), (256,)))
+    directions = principal_directions(x[:, :256])
+    gate, up = (half.contiguous() for half in x.chunk(2, -1))
+    for name, plain, source, weight in (
+        ("as it is", gate, gate, None),
+        ("normed", rms_norm(up, norm, 1e-5), up, norm),
+        ("gated", F.silu(gate) * up, x, None),
+    ):
+        errors = []
+        for values, scale in (kernel.split_rows(source, weight, 1e-5, directions, SLACK), split_rows(plain, directions)):
+            rest, high, low, *_ = (values.float() * scale).split([256, *[DIRECTIONS] * 4], -1)
+            errors.append((rest + (high + low) @ directions.float().t() - plain.float()).norm() / plain.norm())
+        if not errors[0] <= 1.1 * errors[1] + 1e-3:
+            return f"x {name} is off by {errors[0]:.2g}, {errors[1]:.2g} expected"
+    return ""
+
+
+def check_fp8(form: type[Fp8Weight] | type[Fp8BackwardWeight], device: torch.device, compile_it: bool = False) -> None:
+    """Raises ValueError, with the reason, where scaled float8 products do not run or pass back a wrong gradient."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    _kernel(device)  # to be chosen before anything is traced
+    x, weight = (torch.randn(64, 64, generator=torch.Generator().manual_seed(n)).to(device, torch.bfloat16) for n in (0, 1))
+    x.requires_grad_()
+    linear = frozen.compiled(frozen_linear) if compile_it else frozen_linear
+    try:
+        y = linear(x, form.of(weight))
+        (gradient,) = torch.autograd.grad(y, x, weight)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{name} does not run float8 products ({error}); use --frozen-precision dtype") from error
+    for ours, exact in ((y, x @ weight.t()), (gradient, weight @ weight)):
+        if not (ours - exact).norm() <= 0.06 * exact.norm():
+            raise ValueError(
+                f"float8 products are wrong on {name} with torch {torch.__version__}; use --frozen-precision dtype"
+            )

@@ -1,0 +1,218 @@
+"""`linear.split_rows` for GPUs with Triton, which reads what x is made of: a norm's result is never written.
+
+Three kernels: what of x lies along the directions, by parts of its columns; their sum and the scale; the rest. Imported
+only where Triton is.
+"""
+
+import torch
+import triton  # type: ignore[import-not-found,unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
+from torch.library import triton_op, wrap_triton
+
+#: Columns that one program of the first kernel sums over.
+SPAN = 1024
+#: Rows and columns of a block, and warps, of the first and the last kernel, and rows of the other: fastest on an H100.
+ALONG = {"plain": (64, 64, 4), "normed": (64, 32, 4), "gated": (64, 64, 4)}
+REST = (64, 64, 4)
+SUM_ROWS = 16
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _load(x_ptr, rows, columns, n_rows, K: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block of x in float32, before a norm."""
+    mask = (rows < n_rows)[:, None] & (columns < K)[None, :]
+    if KIND == "gated":
+        at = x_ptr + rows.to(tl.int64)[:, None] * (2 * K) + columns[None, :]
+        gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        x = gate / (1 + tl.exp(-gate)) * tl.load(at + K, mask=mask, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _along(  # type: ignore[no-untyped-def]
+    x_ptr,
+    norm_ptr,
+    directions_ptr,
+    sums_ptr,
+    squares_ptr,
+    n_rows,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    KIND: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of SPAN columns: x @ directions, (part, T, R); the sums of squares of x, and before a norm, (part, 2, T)."""
+    rows, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, R)
+    part = tl.program_id(1)
+    along = tl.zeros((ROWS, R), tl.float32)
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    before = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for begin in range(0, SPAN, COLUMNS):
+        columns = part * SPAN + begin + tl.arange(0, COLUMNS)
+        x = _load(x_ptr, rows, columns, n_rows, K, KIND)
+        if KIND == "normed":
+            before += x * x
+            x *= tl.load(norm_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)[None, :]
+        squares += x * x
+        at = directions_ptr + columns[:, None] * R + n[None, :]
+        directions = tl.load(at, mask=(columns < K)[:, None], other=0.0)
+        along = tl.dot(x.to(directions.dtype), directions, along)
+    present = rows < n_rows
+    tl.store(sums_ptr + (part * n_rows + rows)[:, None] * R + n[None, :], along, mask=present[:, None])
+    tl.store(squares_ptr + part * 2 * n_rows + rows, tl.sum(squares, 1), mask=present)
+    if KIND == "normed":
+        tl.store(squares_ptr + (part * 2 + 1) * n_rows + rows, tl.sum(before, 1), mask=present)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _sum(  # type: ignore[no-untyped-def]
+    sums_ptr,
+    squares_ptr,
+    along_ptr,
+    factor_ptr,
+    scale_ptr,
+    split_ptr,
+    n_rows,
+    EPSILON: tl.constexpr,
+    SLACK: tl.constexpr,
+    PARTS: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The parts' sum in the directions' dtype, the norm's factor, the scale, and the two halves in 8 bits."""
+    rows, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, R)
+    inside = rows < n_rows
+    along = tl.zeros((ROWS, R), tl.float32)
+    squares = tl.zeros((ROWS,), tl.float32)
+    before = tl.zeros((ROWS,), tl.float32)
+    for part in range(PARTS):
+        along += tl.load(sums_ptr + (part * n_rows + rows)[:, None] * R + n[None, :], mask=inside[:, None], other=0.0)
+        squares += tl.load(squares_ptr + part * 2 * n_rows + rows, mask=inside, other=0.0)
+        if KIND == "normed":
+            before += tl.load(squares_ptr + (part * 2 + 1) * n_rows + rows, mask=inside, other=0.0)
+    length = tl.sqrt(squares)
+    if KIND == "normed":
+        factor = 1 / tl.sqrt(before / K + EPSILON)
+        tl.store(factor_ptr + rows, factor, mask=inside)
+        along *= factor[:, None]
+        length *= factor
+    rounded = along.to(along_ptr.dtype.element_ty)
+    tl.store(along_ptr + rows[:, None] * R + n[None, :], rounded, mask=inside[:, None])
+    scale = length * SLACK
+    scale = tl.where(scale < 1e-12, 1e-12, scale)  # not tl.maximum, which drops a NaN
+    tl.store(scale_ptr + rows, scale, mask=inside)
+    halves = rounded.to(tl.float32) / scale[:, None]
+    # Rounded to 4 bits by hand: Triton 3.6 takes wrong bits where a float8 goes back to float32 here.
+    high = ((halves.to(tl.int32, bitcast=True) + 0x80000) & -0x100000).to(tl.float32, bitcast=True)
+    low = (halves - high).to(tl.float8e4nv)
+    out = split_ptr + rows.to(tl.int64)[:, None] * (K + 4 * R) + K + n[None, :]
+    high = high.to(tl.float8e4nv)
+    tl.store(out, high, mask=inside[:, None])
+    tl.store(out + R, low, mask=inside[:, None])
+    tl.store(out + 2 * R, high, mask=inside[:, None])
+    tl.store(out + 3 * R, low, mask=inside[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _rest(  # type: ignore[no-untyped-def]
+    x_ptr,
+    norm_ptr,
+    directions_ptr,
+    along_ptr,
+    factor_ptr,
+    scale_ptr,
+    split_ptr,
+    n_rows,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """What is left of x, in 8 bits."""
+    rows, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, R)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = rows < n_rows
+    x = _load(x_ptr, rows, columns, n_rows, K, KIND)
+    if KIND == "normed":
+        x *= tl.load(norm_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)[None, :]
+        x *= tl.load(factor_ptr + rows, mask=inside, other=0.0)[:, None]
+    along = tl.load(along_ptr + rows[:, None] * R + n[None, :], mask=inside[:, None], other=0.0)
+    directions = tl.load(directions_ptr + columns[None, :] * R + n[:, None], mask=(columns < K)[None, :], other=0.0)
+    scale = tl.load(scale_ptr + rows, mask=inside, other=1.0)
+    rest = (x - tl.dot(along, directions)) / scale[:, None]
+    out = split_ptr + rows.to(tl.int64)[:, None] * (K + 4 * R) + columns[None, :]
+    tl.store(out, rest.to(tl.float8e4nv), mask=inside[:, None] & (columns < K)[None, :])
+
+
+@triton_op("artemis_vlm::split_rows", mutates_args=())  # type: ignore[untyped-decorator,unused-ignore]
+def split_rows(
+    source: torch.Tensor, norm: torch.Tensor | None, epsilon: float, directions: torch.Tensor, slack: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear.split_rows` of x (T, K), which is `source`; or, with norm (K,), what `rms_norm` makes of source; or, where
+    source is (T, 2 K), silu of its first half times its second.
+
+    Args:
+        source: bfloat16, contiguous; directions: bfloat16 (K, R), contiguous.
+        slack: scale over the length of a row.
+    """
+    n_rows, (width, count) = source.shape[0], directions.shape  # len() would fix a dynamic one
+    kind = "normed" if norm is not None else "gated" if source.shape[1] == 2 * width else "plain"
+    parts = -(-width // SPAN)
+    weight = directions if norm is None else norm
+    split = source.new_empty((n_rows, width + 4 * count), dtype=torch.float8_e4m3fn)
+    along = directions.new_empty((n_rows, count))
+    scales, factors = (source.new_empty((n_rows, 1), dtype=torch.float32) for _ in range(2))
+    sums = source.new_empty((parts, n_rows, count), dtype=torch.float32)
+    squares = source.new_empty((parts, 2, n_rows), dtype=torch.float32)
+    shape = {"K": width, "R": count, "KIND": kind}
+    rows, columns, warps = ALONG[kind]
+    wrap_triton(_along)[(-(-n_rows // rows), parts)](
+        source,
+        weight,
+        directions,
+        sums,
+        squares,
+        n_rows,
+        **shape,
+        SPAN=SPAN,
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=warps,
+    )
+    wrap_triton(_sum)[(-(-n_rows // SUM_ROWS),)](
+        sums,
+        squares,
+        along,
+        factors,
+        scales,
+        split,
+        n_rows,
+        EPSILON=epsilon,  # not an argument: compiled code would pass a float64
+        SLACK=slack,
+        PARTS=parts,
+        **shape,
+        ROWS=SUM_ROWS,
+    )
+    rows, columns, warps = REST
+    wrap_triton(_rest)[(-(-n_rows // rows), -(-width // columns))](
+        source,
+        weight,
+        directions,
+        along,
+        factors,
+        scales,
+        split,
+        n_rows,
+        **shape,
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=warps,
+    )
+    return split, scales
