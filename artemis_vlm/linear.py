@@ -272,7 +272,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
 @functools.cache
 def _kernel(device: torch.device) -> Any:
-    """The module that does `split_rows` on this device, or None for the plain expression. Logs which."""
+    """The module that does `split_rows` on this device; None, which is logged, for the plain expression."""
     if not frozen.can_compile(device):
         return None
     from artemis_vlm import split_kernel
