@@ -11,10 +11,10 @@ from torch.library import triton_op, wrap_triton
 
 #: Columns that one program of the first kernel sums over.
 SPAN = 1024
-#: Rows and columns of a block, and warps, of the first and the last kernel, and rows of the other: fastest on an H100.
-ALONG = {"plain": (64, 64, 4), "normed": (64, 32, 4), "gated": (64, 64, 4)}
-REST = (64, 64, 4)
-SUM_ROWS = 16
+#: Rows of a block in the first and the last kernel, and in the other; columns; fastest on an H100.
+ROWS, SUM_ROWS = 64, 16
+COLUMNS = {"plain": 64, "normed": 32, "gated": 64}
+REST_COLUMNS = 64
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -171,48 +171,15 @@ def split_rows(
     scales, factors = (source.new_empty((n_rows, 1), dtype=torch.float32) for _ in range(2))
     sums = source.new_empty((parts, n_rows, count), dtype=torch.float32)
     squares = source.new_empty((parts, 2, n_rows), dtype=torch.float32)
+    inputs, blocks = (source, weight, directions), -(-n_rows // ROWS)
     shape = {"K": width, "R": count, "KIND": kind}
-    rows, columns, warps = ALONG[kind]
-    wrap_triton(_along)[(-(-n_rows // rows), parts)](
-        source,
-        weight,
-        directions,
-        sums,
-        squares,
-        n_rows,
-        **shape,
-        SPAN=SPAN,
-        ROWS=rows,
-        COLUMNS=columns,
-        num_warps=warps,
+    wrap_triton(_along)[(blocks, parts)](
+        *inputs, sums, squares, n_rows, **shape, SPAN=SPAN, ROWS=ROWS, COLUMNS=COLUMNS[kind], num_warps=4
     )
-    wrap_triton(_sum)[(-(-n_rows // SUM_ROWS),)](
-        sums,
-        squares,
-        along,
-        factors,
-        scales,
-        split,
-        n_rows,
-        EPSILON=epsilon,  # not an argument: compiled code would pass a float64
-        SLACK=slack,
-        PARTS=parts,
-        **shape,
-        ROWS=SUM_ROWS,
-    )
-    rows, columns, warps = REST
-    wrap_triton(_rest)[(-(-n_rows // rows), -(-width // columns))](
-        source,
-        weight,
-        directions,
-        along,
-        factors,
-        scales,
-        split,
-        n_rows,
-        **shape,
-        ROWS=rows,
-        COLUMNS=columns,
-        num_warps=warps,
+    # Epsilon and slack are no arguments, as compiled code would pass float64.
+    fixed = {"EPSILON": epsilon, "SLACK": slack, "PARTS": parts, "ROWS": SUM_ROWS}
+    wrap_triton(_sum)[(-(-n_rows // SUM_ROWS),)](sums, squares, along, factors, scales, split, n_rows, **fixed, **shape)
+    wrap_triton(_rest)[(blocks, -(-width // REST_COLUMNS))](
+        *inputs, along, factors, scales, split, n_rows, **shape, ROWS=ROWS, COLUMNS=REST_COLUMNS, num_warps=4
     )
     return split, scales

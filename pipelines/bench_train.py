@@ -389,6 +389,8 @@ def compare_gradients(
 ) -> None:
     """Prints how far the packed loss and gradient are from those of Transformers' own layers."""
     batch = alignment.pack(examples).to(alignment.device)
+    if alignment.packed.directions:  # the loop finds them at its first step
+        alignment.packed.take_directions(alignment.packed.find_directions(batch))
     loss = alignment.packed.loss(batch) / batch.n_targets
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, alignment.parameters)])
     cosine = F.cosine_similarity(gradient, reference[1], 0).item()
