@@ -76,8 +76,9 @@ def attend(
     """Attention within each sample; a sample's queries may be only its last ones.
 
     Equals `softmax(q k^T * scale + mask) v` with a mask that is -inf between samples and, if causal, after the query's
-    own token, a sample's last query being its last token. On CUDA one variable-length kernel; elsewhere one SDPA call a
-    sample, which computes no masked block, or in compiled code, which must not wait for lengths, one with that mask.
+    own token, a sample's last query being its last token. On CUDA one variable-length kernel: cuDNN's for causal attention
+    where `choose_cudnn` found it, else torch's. Elsewhere one SDPA call a sample, which computes no masked block, or in
+    compiled code, which must not wait for lengths, one with that mask.
 
     Args:
         query: (T_q, N, D); key, value: (T, N_kv, D), N a multiple of N_kv.
@@ -91,7 +92,8 @@ def attend(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _VARLEN != "absent":
         if max_length is None:
             raise ValueError("the variable-length kernel needs max_length, at least the longest sample")
-        return _varlen(query, key, value, cu_query, cu_key, max_length, causal, scale)
+        varlen = _cudnn_varlen if causal and _cudnn is not None else _varlen
+        return varlen(query, key, value, cu_query, cu_key, max_length, causal, scale)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -170,7 +172,7 @@ def choose_varlen(device: torch.device) -> str:
     grouped = "named" if "enable_gqa" in inspect.signature(varlen_attn).parameters else "unnamed"
     for _VARLEN in (grouped, "repeated"):
         try:
-            if _varlen_is_right(device):
+            if _is_right(_varlen, device, 64):
                 break
             logger.info("the variable-length kernel gives other numbers with grouped heads %s", _VARLEN)
         except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -181,24 +183,72 @@ def choose_varlen(device: torch.device) -> str:
     return _VARLEN
 
 
-def _varlen_is_right(device: torch.device) -> bool:
-    """Whether output and gradients with 2 key heads for 4 query heads, some queries left out, are those of SDPA."""
-    made = torch.Generator(device).manual_seed(0)
-    queries, keys = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in ((0, 24, 80), (0, 40, 96)))
-    shapes = (80, 4, 64), (96, 2, 64), (96, 2, 64)
-    values = [torch.randn(shape, device=device, generator=made).bfloat16() for shape in shapes]
+#: The module `cudnn_attention`, where `choose_cudnn` found that it can be used. For causal attention alone: a decoder's is
+#: made faster by it, a tower's hardly, and each call costs 0.4 ms of the processor, which one image would wait for.
+_cudnn: Any = None
 
-    def results(attention: Callable[..., torch.Tensor], *last: Any, dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [value.to(dtype).requires_grad_() for value in values]
-        out = attention(*leaves, queries, keys, *last)
+
+def choose_cudnn(device: torch.device, head_size: int) -> bool:
+    """Settles whether `attend` uses cuDNN's kernels for causal attention on a GPU: where they give the right numbers."""
+    global _cudnn
+    _cudnn = None
+    if device.type != "cuda" or _VARLEN == "absent":
+        return False
+    try:
+        from artemis_vlm import cudnn_attention as _cudnn
+
+        found = "" if _is_right(_cudnn_varlen, device, head_size) else "they give other numbers"
+    except (ImportError, OSError) as error:
+        found = f"{error}; pip install 'artemis-vlm[gpu]' brings them"
+    except Exception as error:  # cuDNN has exceptions of its own for what it cannot do on a device
+        found = f"{type(error).__name__}: {error}"
+    if found:
+        _cudnn = None
+        logger.info("causal attention in torch's kernel, not in cuDNN's: %s", found)
+    else:
+        logger.info("causal attention in cuDNN's kernels on %s", torch.cuda.get_device_name(device))
+    return not found
+
+
+def _cudnn_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_query: torch.Tensor,
+    cu_key: torch.Tensor,
+    max_length: int,
+    causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    made: Any = _cudnn.attention(query, key, value, cu_query, cu_key, max_length, cu_query is not cu_key, causal, scale)
+    return made[0]  # type: ignore[no-any-return]
+
+
+def _is_right(varlen: Callable[..., torch.Tensor], device: torch.device, size: int) -> bool:
+    """Whether output and gradients with 2 key heads for 4 query heads, of all queries or the last, are those of SDPA."""
+    made = torch.Generator(device).manual_seed(0)
+    samples, tails = (torch.tensor(ends, dtype=torch.int32, device=device) for ends in ((0, 40, 96), (0, 24, 80)))
+    query, *rest = (torch.randn(96, n, size, device=device, generator=made).bfloat16() for n in (4, 2, 2))
+
+    def results(
+        attention: Callable[..., torch.Tensor], ends: torch.Tensor, *last: Any, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        leaves = [value.to(dtype, copy=True).requires_grad_() for value in (query[: int(ends[-1])], *rest)]
+        out = attention(*leaves, ends, samples, *last)
         return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *ends: torch.Tensor) -> torch.Tensor:
         k, v = (t.repeat_interleave(2, 1) for t in (k, v))
         return _attend_each(q, k, v, ends[0], ends[1], True, None)
 
-    ours, theirs = results(_varlen, 64, True, None, dtype=torch.bfloat16), results(plain, dtype=torch.float32)
-    return all(bool((a.float() - b).norm() <= 0.02 * b.norm()) for a, b in zip(ours, theirs))
+    return all(
+        bool((ours.float() - theirs).norm() <= 0.02 * theirs.norm())
+        for ends in (samples, tails)
+        for ours, theirs in zip(
+            results(varlen, ends, 64, True, None, dtype=torch.bfloat16), results(plain, ends, dtype=torch.float32)
+        )
+    )
 
 
 def compute_dtype(device: torch.device | str) -> torch.dtype:

@@ -164,6 +164,60 @@ def _gradient(slope: torch.Tensor, columns: torch.Tensor, column_scales: torch.T
     return _scaled_product(quantize_rows(slope), columns, column_scales, slope.dtype, fast=False)
 
 
+def _forward(
+    x: torch.Tensor | None, source: torch.Tensor, norm: torch.Tensor | None, epsilon: float, *weight: torch.Tensor
+) -> torch.Tensor:
+    """Of an `Fp8Weight`. Args: x: None: silu of the first half of source times the second."""
+    rows, row_scales, _, _, directions = weight
+    if kernel := _kernel(source.device, "split_rows"):
+        split = kernel.split_rows(source, norm, epsilon, directions, SLACK)
+    else:
+        split = split_rows(_gated(source) if x is None else x, directions)
+    return _scaled_product(split, rows, row_scales, source.dtype, fast=True)
+
+
+def _gated(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def gate_gradient(slope: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` of the gradient of gate_up (T, 2 * in) where that of silu(gate) * up is slope (T, in).
+
+    Compiled code reads every row six times for it; `split_kernel` computes the same and reads it once.
+    """
+    gate, up = gate_up.float().chunk(2, -1)
+    share = torch.sigmoid(gate)
+    wide = slope.float()
+    return quantize_rows(torch.cat((wide * up * share * (1 + gate * (1 - share)), wide * gate * share), -1))
+
+
+class _Fp8Mlp(torch.autograd.Function):
+    """Of two weights that are both `Fp8Weight` or both `Fp8BackwardWeight`; `normed` is there as x is above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, normed: torch.Tensor, x: torch.Tensor, norm: torch.Tensor, epsilon: float, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        first, second = weights[: len(weights) // 2], weights[len(weights) // 2 :]
+        ctx.count = len(weights)
+        if len(first) == len(Fp8BackwardWeight._fields):
+            gate_up = F.linear(normed, first[0])
+            ctx.save_for_backward(gate_up, *first[1:], *second[1:])
+            return F.linear(_gated(gate_up), second[0])
+        gate_up = _forward(normed, x, norm, epsilon, *first)
+        ctx.save_for_backward(gate_up, *first[2:4], *second[2:4])
+        return _forward(None, gate_up, None, 0.0, *second)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate_up, columns, column_scales, *down = ctx.saved_tensors
+        slope = _gradient(grads[0], *down)
+        kernel = _kernel(slope.device, "gate_gradient")
+        rounded = kernel.gate_gradient(slope, gate_up) if kernel else gate_gradient(slope, gate_up)
+        return _scaled_product(rounded, columns, column_scales, slope.dtype, fast=False), *(None,) * (3 + ctx.count)
+
+
 class _Fp8Linear(torch.autograd.Function):
     """Multiplies `x`, or, where the kernel reads that, what x is made of: then x is there for its gradient alone."""
 
@@ -181,11 +235,7 @@ class _Fp8Linear(torch.autograd.Function):
         directions: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(columns, column_scales)
-        if kernel := _kernel(x.device):
-            split = kernel.split_rows(source, norm, epsilon, directions, SLACK)
-        else:
-            split = split_rows(x, directions)
-        return _scaled_product(split, rows, row_scales, x.dtype, fast=True)
+        return _forward(x, source, norm, epsilon, rows, row_scales, columns, column_scales, directions)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -212,6 +262,13 @@ def _fp8_linear(
     x: torch.Tensor, source: torch.Tensor, norm: torch.Tensor | None, epsilon: float, *weight: torch.Tensor
 ) -> torch.Tensor:
     return _Fp8Linear.apply(x, source, norm, epsilon, *weight)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _fp8_mlp(
+    normed: torch.Tensor, x: torch.Tensor, norm: torch.Tensor, epsilon: float, *weights: torch.Tensor
+) -> torch.Tensor:
+    return _Fp8Mlp.apply(normed, x, norm, epsilon, *weights)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -244,13 +301,14 @@ def normed_linear(x: torch.Tensor, norm: torch.Tensor, epsilon: float, weight: W
     return _exact_linear(normed, weight)
 
 
-def gated_linear(gate_up: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """`frozen_linear(silu(gate) * up, weight)`; gate and up are the halves of gate_up (T, 2 * in)."""
-    gate, up = gate_up.chunk(2, -1)
-    inner = F.silu(gate) * up
-    if isinstance(weight, Fp8Weight):
-        return _fp8_linear(inner, gate_up.detach(), None, 0.0, *weight)  # type: ignore[no-any-return]
-    return _exact_linear(inner, weight)
+def gated_mlp(x: torch.Tensor, norm: torch.Tensor, epsilon: float, gate_up: Weight, down: Weight) -> torch.Tensor:
+    """`frozen_linear(silu(gate) * up, down)`, gate and up being the halves of `normed_linear(x, norm, epsilon, gate_up)`.
+
+    Both weights in the same form; x (T, H), norm (H,), gate_up (2 * inner, H), down (H, inner).
+    """
+    if isinstance(gate_up, Fp8Weight | Fp8BackwardWeight):
+        return _fp8_mlp(rms_norm(x, norm, epsilon), x.detach(), norm, epsilon, *gate_up, *down)  # type: ignore[no-any-return]
+    return frozen_linear(_gated(normed_linear(x, norm, epsilon, gate_up)), down)
 
 
 def _exact_linear(x: torch.Tensor, weight: torch.Tensor | Fp8BackwardWeight | ProbedWeight) -> torch.Tensor:
@@ -271,22 +329,30 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
 
 @functools.cache
-def _kernel(device: torch.device) -> Any:
-    """The module that does `split_rows` on this device; None, which is logged, for the plain expression."""
+def _kernel(device: torch.device, what: str) -> Any:
+    """The module that does `split_rows` or `gate_gradient` on this device, or None for the plain expression. Logs that."""
     if not frozen.can_compile(device):
         return None
     from artemis_vlm import split_kernel
 
     try:
-        error = _kernel_error(split_kernel, device)
+        error = (_split_error if what == "split_rows" else _gate_error)(split_kernel, device)
     except Exception as failed:  # Triton has no exceptions of its own for what a device cannot do
         error = f"{type(failed).__name__}: {failed}"
     if error:
-        logger.warning("the kernel that rounds to 8 bits is not used on %s: %s", torch.cuda.get_device_name(device), error)
+        logger.warning("the kernel for %s is not used on %s: %s", what, torch.cuda.get_device_name(device), error)
     return None if error else split_kernel
 
 
-def _kernel_error(kernel: Any, device: torch.device) -> str:
+def _gate_error(kernel: Any, device: torch.device) -> str:
+    made = torch.Generator(device).manual_seed(0)
+    slope, gate_up = (torch.randn(96, n, generator=made, device=device).bfloat16() for n in (192, 384))
+    ours, plain = (a.float() * b for a, b in (kernel.gate_gradient(slope, gate_up), gate_gradient(slope, gate_up)))
+    error = (ours - plain).norm() / plain.norm()
+    return "" if error < 0.01 else f"it is off by {error:.2g}"
+
+
+def _split_error(kernel: Any, device: torch.device) -> str:
     """In what the kernel differs from the plain expression; empty where it does not."""
     made = torch.Generator(device).manual_seed(0)
     x, norm = (torch.randn(*shape, generator=made, device=device).bfloat16() for shape in ((96, 512), (256,)))
@@ -309,7 +375,8 @@ def _kernel_error(kernel: Any, device: torch.device) -> str:
 def check_fp8(form: type[Fp8Weight] | type[Fp8BackwardWeight], device: torch.device, compile_it: bool = False) -> None:
     """Raises ValueError, with the reason, where scaled float8 products do not run or pass back a wrong gradient."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    _kernel(device)  # to be chosen before anything is traced
+    for what in ("split_rows", "gate_gradient"):
+        _kernel(device, what)  # to be chosen before anything is traced
     x, weight = (torch.randn(64, 64, generator=torch.Generator().manual_seed(n)).to(device, torch.bfloat16) for n in (0, 1))
     x.requires_grad_()
     linear = frozen.compiled(frozen_linear) if compile_it else frozen_linear

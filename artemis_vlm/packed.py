@@ -33,7 +33,7 @@ from artemis_vlm.linear import (
     Weight,
     check_fp8,
     frozen_linear,
-    gated_linear,
+    gated_mlp,
     normed_linear,
 )
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, decoder_states, normalize
@@ -108,7 +108,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def _mlp(x: torch.Tensor, w: LayerWeights, heads: Heads) -> torch.Tensor:
-    return x + gated_linear(normed_linear(x, w.mlp_norm, heads.epsilon, w.gate_up), w.down)
+    return x + gated_mlp(x, w.mlp_norm, heads.epsilon, w.gate_up, w.down)
 
 
 def decoder_layer(
@@ -346,6 +346,9 @@ class PackedModel:
         self.precision = precision
         self.tower = PackedTower(model.visual, spec, self.compile_it)
         self.layers: list[LayerWeights] = []
+        config = decoder.config
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        frozen.choose_cudnn(self.device, head_size)
         if is_known(decoder, self.max_length):
             self._prepare_decoder(decoder)
         elif precision != "dtype":

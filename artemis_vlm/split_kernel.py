@@ -183,3 +183,38 @@ def split_rows(
         *inputs, along, factors, scales, split, n_rows, **shape, ROWS=ROWS, COLUMNS=REST_COLUMNS, num_warps=4
     )
     return split, scales
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _gate_gradient(  # type: ignore[no-untyped-def]
+    slope_ptr, gate_up_ptr, out_ptr, scale_ptr, F: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < F
+    slope = tl.load(slope_ptr + row * F + columns, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up_ptr + row * 2 * F + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * F + F + columns, mask=inside, other=0.0).to(tl.float32)
+    share = 1 / (1 + tl.exp(-gate))
+    slope *= share
+    d_up = slope * gate
+    d_gate = slope * up * (1 + gate * (1 - share))
+    top = tl.max(tl.maximum(tl.abs(d_up), tl.abs(d_gate)), 0)
+    top = tl.where(top < 1e-12, 1e-12, top) + tl.sum(d_up + d_gate, 0) * 0  # a maximum drops a NaN, a sum does not
+    scale = top / 448.0
+    tl.store(scale_ptr + row, scale)
+    tl.store(out_ptr + row * 2 * F + columns, (d_gate / scale).to(tl.float8e4nv), mask=inside)
+    tl.store(out_ptr + row * 2 * F + F + columns, (d_up / scale).to(tl.float8e4nv), mask=inside)
+
+
+@triton_op("artemis_vlm::gate_gradient", mutates_args=())  # type: ignore[untyped-decorator,unused-ignore]
+def gate_gradient(slope: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear.gate_gradient`, a row to a program. Args: both contiguous."""
+    n_rows, width = slope.shape[0], slope.shape[1]
+    out = gate_up.new_empty((n_rows, 2 * width), dtype=torch.float8_e4m3fn)
+    scales = gate_up.new_empty((n_rows, 1), dtype=torch.float32)
+    block = 1 << (width - 1).bit_length()
+    wrap_triton(_gate_gradient)[(n_rows,)](
+        slope, gate_up, out, scales, F=width, BLOCK=block, num_warps=32 if block >= 8192 else 4
+    )
+    return out, scales

@@ -245,7 +245,7 @@ class Alignment:
 
         They move as the projector learns: with those of an untrained one, a trained one's loss is as wrong as without any.
         """
-        directions = self.packed.directions
+        started, directions = time.perf_counter(), self.packed.directions
         examples = [e for group in work.micro_batches for e in group][:AIM_SAMPLES] if work else []
         with self.packed.original_weights():
             if examples and not (dist.is_initialized() and dist.get_rank()):
@@ -260,6 +260,9 @@ class Alignment:
                 parts = torch.split(flat.view(torch.bfloat16), [t.numel() for t in directions.values()])
                 directions = {name: part.view_as(directions[name]) for name, part in zip(directions, parts)}
             self.packed.take_directions(directions)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        logger.info("step %d: directions found in %.1f s", self.step, time.perf_counter() - started)
 
     def _skip(self, work: Step, loss: float) -> None:
         self.state["skipped"] += 1

@@ -446,7 +446,7 @@ def print_parts(alignment: Alignment, examples: Sequence[Example]) -> None:
 def attention_variants(
     alignment: Alignment, samples: torch.Tensor, images: torch.Tensor, n_tokens: int, n_patches: int
 ) -> dict[str, Callable[[], Any]]:
-    """All layers' attention of one micro-batch, forward and backward, as `attend` can do it and as cuDNN can."""
+    """All layers' attention of one micro-batch, forward and backward, in each way that `attend` has."""
     heads, layers = alignment.packed.heads, len(alignment.packed.layers)
     max_length = alignment.packed.max_length
 
@@ -454,31 +454,19 @@ def attention_variants(
         made = [torch.randn(rows, n, heads.size, device=samples.device, dtype=torch.bfloat16) for n in numbers]
         return [t.requires_grad_() for t in made]
 
-    def varlen(way: str) -> Callable[[], None]:
+    def decoder(attention: Callable[..., torch.Tensor], way: str) -> Callable[[], None]:
         q, k, v = leaves(n_tokens, heads.query, heads.key, heads.key)
 
         def call() -> None:
             chosen, frozen._VARLEN = frozen._VARLEN, way
             try:
                 for _ in range(layers):
-                    out = attend(q, k, v, samples, samples, max_length, causal=True)
+                    out = attention(q, k, v, samples, samples, max_length, True, None)
                     torch.autograd.grad(out, (q, k, v), out.detach())
             finally:
                 frozen._VARLEN = chosen
 
         return call
-
-    def cudnn() -> None:
-        from torch.nested import nested_tensor_from_jagged
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        made = leaves(n_tokens, heads.query, heads.query, heads.query)
-        offsets = samples.long()
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            for _ in range(layers):
-                q, k, v = (nested_tensor_from_jagged(t, offsets, max_seqlen=max_length).transpose(1, 2) for t in made)
-                out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-                torch.autograd.grad(out.transpose(1, 2).values().sum(), made)
 
     def tower() -> None:
         count = alignment.packed.tower.heads
@@ -487,8 +475,9 @@ def attention_variants(
         for _ in alignment.packed.tower.blocks:
             attend(q, q, q, images, images, alignment.packed.tower.max_patches, causal=False)
 
-    named = {f"decoder attention, grouped heads {way}": varlen(way) for way in ("named", "unnamed", "repeated")}
-    return {**named, "decoder attention, cuDNN, repeated": cudnn, "tower attention": tower}
+    ways = {f"torch, grouped heads {way}": decoder(frozen._varlen, way) for way in ("named", "unnamed", "repeated")}
+    ways |= {"cuDNN": decoder(frozen._cudnn_varlen, frozen._VARLEN)}
+    return {**{f"decoder attention, {name}": call for name, call in ways.items()}, "tower attention": tower}
 
 
 def print_profile(alignment: Alignment, examples: Sequence[Example]) -> None:

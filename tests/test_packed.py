@@ -22,7 +22,7 @@ from artemis_vlm.linear import (
     Fp8Weight,
     check_fp8,
     frozen_linear,
-    gated_linear,
+    gated_mlp,
     normed_linear,
     principal_directions,
     quantize_rows,
@@ -174,6 +174,23 @@ def test_frozen_linears_keep_nothing_but_their_weight(precision: str) -> None:
     assert kept_for_backward(lambda: frozen_linear(x, form)) <= ours
 
 
+def test_attention_is_used_only_where_its_numbers_are_right() -> None:
+    """The check that a GPU's kernels go through, with what a wrong one may do."""
+
+    def attention(*tensors: torch.Tensor, causal: bool = True) -> torch.Tensor:
+        q, k, v, cu_query, cu_key = tensors[:5]
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        return frozen._attend_each(q, k, v, cu_query, cu_key, causal, None)
+
+    def check(**wrong: bool) -> bool:
+        return frozen._is_right(lambda *given: attention(*given[:5], **wrong), torch.device("cpu"), 32)
+
+    assert check()
+    assert not check(causal=False)
+    assert not frozen._is_right(lambda *given: attention(*given[:5]).roll(1, 1), torch.device("cpu"), 32)
+    assert frozen.choose_cudnn(torch.device("cpu"), 32) is False
+
+
 def in_few_directions(rows: int, width: int, share: float = 0.3) -> torch.Tensor:
     """Rows that lie mostly in some directions."""
     return torch.randn(rows, 8) @ torch.randn(8, width) + share * torch.randn(rows, width)
@@ -224,19 +241,21 @@ def test_principal_directions_hold_what_lies_in_few() -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_is_fused_before_a_linear_layer_is_what_it_says(precision: str) -> None:
+def test_fused_layers_are_what_they_say(precision: str) -> None:
     torch.manual_seed(0)
-    kind, norm, weight = PRECISIONS[precision], torch.rand(32), torch.randn(48, 32)
-    form = weight if kind is None else kind.of(weight)
-    x = torch.randn(16, 64, requires_grad=True)
-    half = x[:, :32]
-    for fused, plain in (
-        (normed_linear(half, norm, 1e-5, form), frozen_linear(rms_norm(half, norm, 1e-5), form)),
-        (gated_linear(x, form), frozen_linear(F.silu(half) * x[:, 32:], form)),
-    ):
-        assert torch.equal(fused, plain)
-        slope = torch.randn_like(plain)
-        assert torch.equal(*(torch.autograd.grad(y, x, slope)[0] for y in (fused, plain)))
+    kind, norm = PRECISIONS[precision], torch.rand(32)
+    first, second = (w if kind is None else kind.of(w) for w in (torch.randn(96, 32), torch.randn(32, 48)))
+    x = torch.randn(16, 32, requires_grad=True)
+    slope = torch.randn(16, 32)
+    fused, normed = normed_linear(x, norm, 1e-5, first), rms_norm(x, norm, 1e-5)
+    plain = frozen_linear(normed, first)
+    assert torch.equal(fused, plain)
+    inner = F.silu(plain[:, :48]) * plain[:, 48:]
+    outputs = gated_mlp(x, norm, 1e-5, first, second), frozen_linear(inner, second)
+    assert torch.equal(*outputs)
+    ours, theirs = (torch.autograd.grad(y, x, slope, retain_graph=True)[0] for y in outputs)
+    # The gate's gradient is float32 until it is rounded to 8 bits: now and then to the other neighbour.
+    assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
 
 
 FORMS = Fp8Weight, Fp8BackwardWeight
