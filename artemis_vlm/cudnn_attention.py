@@ -169,20 +169,10 @@ def _handle(device: torch.device) -> Any:
     return handles[device]
 
 
-def _run(
-    plan: Plan,
-    device: torch.device,
-    tensors: Iterable[tuple[_Part, torch.Tensor]],
-    lengths: torch.Tensor,
-    places: torch.Tensor,
-) -> None:
+def _run(plan: Plan, device: torch.device, *tensors: Iterable[tuple[_Part, torch.Tensor]]) -> None:
     graph, size = plan
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    addresses = {int(part): tensor.data_ptr() for part, tensor in tensors}
-    for rows, parts in ((lengths, _LENGTHS), (places, _PLACES)):
-        step = rows.stride(0) * rows.element_size()
-        addresses |= {int(part): rows.data_ptr() + i * step for i, part in enumerate(parts)}
-    graph.execute(addresses, workspace.data_ptr(), handle=_handle(device))
+    graph.execute({int(part): tensor for some in tensors for part, tensor in some}, workspace, handle=_handle(device))
 
 
 # --- the operator ----------------------------------------------------------------------------------------------------
@@ -241,7 +231,7 @@ def attention(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     stats = query.new_empty((room, heads[0], max_length, 1), dtype=torch.float32)
     given = zip((_Part.QUERY, _Part.KEY, _Part.VALUE, _Part.OUT, _Part.STATS), (query, key, value, out, stats))
-    _run(_forward_plan(shape), query.device, given, lengths, places)
+    _run(_forward_plan(shape), query.device, given, zip(_LENGTHS, lengths), zip(_PLACES, places))
     return out, stats, lengths, places
 
 
@@ -278,11 +268,14 @@ def attention_backward(
     options = max_length, ends_aligned, causal, scale
     shape = Shape(query.device, query.dtype, stats.shape[0], tokens, heads, query.shape[2], strides, *options)
     gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
-    given = zip((_Part.QUERY, _Part.KEY, _Part.VALUE, _Part.OUT, _Part.STATS), (*inputs, out, stats))
-    slope = slope.contiguous()
-    made = zip((_Part.D_OUT, _Part.D_QUERY, _Part.D_KEY, _Part.D_VALUE), (slope, *gradients))
-    plan = _backward_plan(shape, torch.are_deterministic_algorithms_enabled())
-    _run(plan, query.device, (*given, *made), lengths, places)
+    _run(
+        _backward_plan(shape, torch.are_deterministic_algorithms_enabled()),
+        query.device,
+        zip((_Part.QUERY, _Part.KEY, _Part.VALUE, _Part.OUT, _Part.STATS), (*inputs, out, stats)),
+        zip((_Part.D_OUT, _Part.D_QUERY, _Part.D_KEY, _Part.D_VALUE), (slope.contiguous(), *gradients)),
+        zip(_LENGTHS, lengths),
+        zip(_PLACES, places),
+    )
     return gradients[0], gradients[1], gradients[2]
 
 

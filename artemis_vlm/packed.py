@@ -35,8 +35,6 @@ from artemis_vlm.linear import (
     frozen_linear,
     gated_mlp,
     normed_linear,
-    rotary_linear,
-    rotate,
 )
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, decoder_states, normalize
 from artemis_vlm.packing import PackedBatch
@@ -103,6 +101,12 @@ def on_rows(
 # --- the decoder -----------------------------------------------------------------------------------------------------
 
 
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of x (T, N, D); cos and sin (T, D)."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
 def _mlp(x: torch.Tensor, w: LayerWeights, heads: Heads) -> torch.Tensor:
     return x + gated_mlp(x, w.mlp_norm, heads.epsilon, w.gate_up, w.down)
 
@@ -117,8 +121,9 @@ def decoder_layer(
     max_length: int,
 ) -> torch.Tensor:
     """x (T, H) to (T, H); samples int32 (B + 1,), where they begin and end."""
-    q, k, v = rotary_linear(x, w.input_norm, heads.epsilon, w.attention[0], cos, sin, (heads.query, heads.key))
-    out = attend(q, k, v, samples, samples, max_length, causal=True)
+    qkv = normed_linear(x, w.input_norm, heads.epsilon, w.attention[0])
+    q, k, v = torch.split(qkv.view(len(x), -1, heads.size), [heads.query, heads.key, heads.key], 1)
+    out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, samples, samples, max_length, causal=True)
     return _mlp(x + frozen_linear(out.flatten(1), w.out), w, heads)
 
 
@@ -274,7 +279,6 @@ class PackedTower:
         frozen.choose_varlen(visual.device)
         self.blocks = [block_weights(block) for block in visual.blocks]
         self.heads = visual.blocks[0].attn.num_heads
-        self.head_size = visual.config.hidden_size // self.heads
         self.activation = visual.blocks[0].mlp.act_fn
         embed = visual.patch_embed.proj
         # (H, C, frames, y, x): an image is one frame shown `frames` times, so the frames' weights act as their sum.
@@ -344,7 +348,7 @@ class PackedModel:
         self.layers: list[LayerWeights] = []
         config = decoder.config
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        frozen.choose_cudnn(self.device, self.tower.head_size, head_size)
+        frozen.choose_cudnn(self.device, head_size)
         if is_known(decoder, self.max_length):
             self._prepare_decoder(decoder)
         elif precision != "dtype":

@@ -4,8 +4,6 @@ Three kernels: what of x lies along the directions, by parts of its columns; the
 only where Triton is.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton  # type: ignore[import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
@@ -219,82 +217,4 @@ def gate_gradient(slope: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Ten
     wrap_triton(_gate_gradient)[(n_rows,)](
         slope, gate_up, out, scales, F=width, BLOCK=block, num_warps=32 if block >= 8192 else 4
     )
-    return out, scales
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _turn_back(slope_ptr, row, cos, sin, N: tl.constexpr, D: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Halves of the heads of a row, (NB, HB) each, before their rotation, and where they belong and are there."""
-    n, half = tl.arange(0, NB)[:, None], tl.arange(0, HB)[None, :]
-    at = n * D + half
-    inside = (n < N) & (half < D // 2)
-    first = tl.load(slope_ptr + row * N * D + at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(slope_ptr + row * N * D + at + D // 2, mask=inside, other=0.0).to(tl.float32)
-    return first * cos + second * sin, second * cos - first * sin, at, inside
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _top(first, second):  # type: ignore[no-untyped-def]
-    return tl.max(tl.maximum(tl.abs(first), tl.abs(second)))
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _store_halves(out_ptr, first, second, scale, at, inside, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    tl.store(out_ptr + at, (first / scale).to(tl.float8e4nv), mask=inside)
-    tl.store(out_ptr + at + D // 2, (second / scale).to(tl.float8e4nv), mask=inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _rotary_gradient(  # type: ignore[no-untyped-def]
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    cos_ptr,
-    sin_ptr,
-    out_ptr,
-    scale_ptr,
-    Q: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    QB: tl.constexpr,
-    KB: tl.constexpr,
-    HB: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    half = tl.arange(0, HB)[None, :]
-    cos = tl.load(cos_ptr + row * D + half, mask=half < D // 2, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + row * D + half, mask=half < D // 2, other=0.0).to(tl.float32)
-    q1, q2, at_q, in_q = _turn_back(query_ptr, row, cos, sin, Q, D, QB, HB)
-    k1, k2, at_k, in_k = _turn_back(key_ptr, row, cos, sin, K, D, KB, HB)
-    v1, v2, at_v, in_v = _turn_back(value_ptr, row, 1.0, 0.0, K, D, KB, HB)
-    top = tl.maximum(tl.maximum(_top(q1, q2), _top(k1, k2)), _top(v1, v2))
-    sums = tl.sum(q1 + q2) + tl.sum(k1 + k2) + tl.sum(v1 + v2)
-    scale = (tl.where(top < 1e-12, 1e-12, top) + sums * 0) / 448.0  # a maximum drops a NaN, a sum does not
-    tl.store(scale_ptr + row, scale)
-    out = out_ptr + row * (Q + 2 * K) * D
-    _store_halves(out, q1, q2, scale, at_q, in_q, D)
-    _store_halves(out + Q * D, k1, k2, scale, at_k, in_k, D)
-    _store_halves(out + (Q + K) * D, v1, v2, scale, at_v, in_v, D)
-
-
-def rotary_gradient(
-    slopes: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear.rotary_gradient`, a row to a program."""
-    query, key, value = slopes
-    made: tuple[torch.Tensor, torch.Tensor] = _rotary(query, key, value, cos, sin)
-    return made
-
-
-@triton_op("artemis_vlm::rotary_gradient", mutates_args=())  # type: ignore[untyped-decorator,unused-ignore]
-def _rotary(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    query, key, value, cos, sin = (t.contiguous() for t in (query, key, value, cos, sin))
-    n_rows, (n_query, n_key, size) = query.shape[0], (query.shape[1], key.shape[1], query.shape[2])
-    out = query.new_empty((n_rows, (n_query + 2 * n_key) * size), dtype=torch.float8_e4m3fn)
-    scales = query.new_empty((n_rows, 1), dtype=torch.float32)
-    shape = {"Q": n_query, "K": n_key, "D": size}
-    blocks = {f"{n}B": triton.next_power_of_2(count) for n, count in (("Q", n_query), ("K", n_key), ("H", size // 2))}
-    wrap_triton(_rotary_gradient)[(n_rows,)](query, key, value, cos, sin, out, scales, **shape, **blocks, num_warps=8)
     return out, scales
