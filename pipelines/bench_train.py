@@ -507,8 +507,8 @@ def print_profile(alignment: Alignment, examples: Sequence[Example]) -> None:
 def kernel_kind(name: str) -> str:
     lower = name.lower()
     for kind, words in {  # the first that fits: fused kernels carry the names of what went into them
-        "fused element-wise": ("triton", "_along", "_rest"),
-        "attention": ("flash", "fmha", "attention"),
+        "fused element-wise": ("triton", "_along", "_rest", "_gate_gradient"),
+        "attention": ("flash", "fmha", "attention", "cudnn"),
         "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "matmul", "scaled_mm", "addmm"),
         "optimizer": ("multi_tensor", "adam", "lpnorm"),
         "copies": ("memcpy", "memset", "copy"),
