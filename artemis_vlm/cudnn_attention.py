@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import functools
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 import cudnn  # type: ignore[import-not-found,unused-ignore]
@@ -46,11 +46,6 @@ class Shape(NamedTuple):
     def packed(self) -> tuple[int, int]:
         """Strides of outputs and gradients."""
         return self.heads[0] * self.size, self.heads[1] * self.size
-
-    @property
-    def pitch(self) -> int:
-        """Room for ends: rows of them begin at multiples of 16 bytes, as cuDNN asks."""
-        return _pitch(self.room)
 
 
 class _Part(enum.IntEnum):
@@ -169,17 +164,24 @@ def _handle(device: torch.device) -> Any:
     return handles[device]
 
 
-def _run(plan: Plan, device: torch.device, *tensors: Iterable[tuple[_Part, torch.Tensor]]) -> None:
+def _run(plan: Plan, shape: Shape, ends: torch.Tensor, *tensors: Iterable[tuple[_Part, torch.Tensor]]) -> None:
+    """Args: ends: int32 (2, more than C), where samples end among queries and among keys, counted in tokens from a 0."""
     graph, size = plan
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    graph.execute({int(part): tensor for some in tensors for part, tensor in some}, workspace, handle=_handle(device))
+    query, key, value = shape.strides
+    of_query = ends[0, :-1] * _factors(shape.device, query, shape.packed[0])
+    of_key = ends[1, :-1] * _factors(shape.device, key, value, shape.packed[1])
+    placed = zip(_LENGTHS, ends.diff()), zip(_PLACES, torch.cat((of_query, of_key)))
+    workspace = torch.empty(size, dtype=torch.uint8, device=shape.device)
+    addressed = {int(part): tensor for some in (*tensors, *placed) for part, tensor in some}
+    graph.execute(addressed, workspace, handle=_handle(shape.device))
 
 
 # --- the operator ----------------------------------------------------------------------------------------------------
 
 
-def _pitch(room: int) -> int:
-    return (room + 4) // 4 * 4
+def _columns(room: int) -> int:
+    """Of `ends`: lengths and places made of them are rows that begin at multiples of 16 bytes, as cuDNN asks."""
+    return (room + 4) // 4 * 4 + 1
 
 
 def _up(count: int, unit: int) -> int:
@@ -189,6 +191,13 @@ def _up(count: int, unit: int) -> int:
 @functools.cache
 def _factors(device: torch.device, *strides: int) -> torch.Tensor:
     return torch.tensor(strides, device=device)[:, None]
+
+
+def _shape(inputs: Sequence[torch.Tensor], room: int, tokens: tuple[int, int], *options: Any) -> Shape:
+    query, key, value = inputs
+    strides = query.stride(0), key.stride(0), value.stride(0)
+    heads, size = (query.shape[1], key.shape[1]), query.shape[2]
+    return Shape(query.device, query.dtype, room, tokens, heads, size, strides, *options)
 
 
 def _heads_apart(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -207,32 +216,25 @@ def attention(
     ends_aligned: bool,
     causal: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`frozen.attend`, (T_q, N, D), and what its gradient needs.
 
     Args:
         ends_aligned: a sample has fewer queries than keys, and they are its last; else as many.
 
     Returns:
-        That; of each query the logarithm of the sum of exponentials, float32 (C, N, max_length, 1); lengths of samples,
-        int32 (2, C + some); where they begin in memory, counted in numbers, int64 (5, C + some).
+        That; of each query the logarithm of the sum of exponentials, float32 (C, N, max_length, 1); where samples end
+        among queries and among keys, int32 (2, C and some more).
     """
-    query, key, value = _heads_apart(query, key, value)
-    strides = query.stride(0), key.stride(0), value.stride(0)
-    heads, room = (query.shape[1], key.shape[1]), _up(len(cu_query) - 1, ROOM)
-    options = max_length, ends_aligned, causal, scale
-    shape = Shape(query.device, query.dtype, room, (0, 0), heads, query.shape[2], strides, *options)
+    inputs, room = _heads_apart(query, key, value), _up(len(cu_query) - 1, ROOM)
+    shape = _shape(inputs, room, (0, 0), max_length, ends_aligned, causal, scale)
     # Samples beyond the last are empty ones at its end.
-    ends = [torch.cat((cu, cu[-1:].expand(shape.pitch + 1 - len(cu)))) for cu in (cu_query, cu_key)]
-    lengths = torch.stack(ends).diff()
-    of_query = ends[0][:-1] * _factors(query.device, strides[0], shape.packed[0])
-    of_key = ends[1][:-1] * _factors(query.device, strides[1], strides[2], shape.packed[1])
-    places = torch.cat((of_query, of_key))
+    ends = torch.stack([torch.cat((cu, cu[-1:].expand(_columns(room) - len(cu)))) for cu in (cu_query, cu_key)])
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    stats = query.new_empty((room, heads[0], max_length, 1), dtype=torch.float32)
-    given = zip((_Part.QUERY, _Part.KEY, _Part.VALUE, _Part.OUT, _Part.STATS), (query, key, value, out, stats))
-    _run(_forward_plan(shape), query.device, given, zip(_LENGTHS, lengths), zip(_PLACES, places))
-    return out, stats, lengths, places
+    stats = query.new_empty((room, shape.heads[0], max_length, 1), dtype=torch.float32)
+    given = zip((_Part.QUERY, _Part.KEY, _Part.VALUE, _Part.OUT, _Part.STATS), (*inputs, out, stats))
+    _run(_forward_plan(shape), shape, ends, given)
+    return out, stats, ends
 
 
 @attention.register_fake
@@ -241,8 +243,7 @@ def _(query: Any, key: Any, value: Any, cu_query: Any, cu_key: Any, max_length: 
     return (
         torch.empty_like(query, memory_format=torch.contiguous_format),
         query.new_empty((room, query.shape[1], max_length, 1), dtype=torch.float32),
-        query.new_empty((2, _pitch(room)), dtype=torch.int32),
-        query.new_empty((5, _pitch(room)), dtype=torch.int64),
+        query.new_empty((2, _columns(room)), dtype=torch.int32),
     )
 
 
@@ -254,28 +255,19 @@ def attention_backward(
     value: torch.Tensor,
     out: torch.Tensor,
     stats: torch.Tensor,
-    lengths: torch.Tensor,
-    places: torch.Tensor,
+    ends: torch.Tensor,
     max_length: int,
     ends_aligned: bool,
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value where that of `attention`'s out is slope; the rest is what it took and gave."""
-    query, key, value = inputs = _heads_apart(query, key, value)
-    strides = query.stride(0), key.stride(0), value.stride(0)
-    heads, tokens = (query.shape[1], key.shape[1]), (_up(len(query), TOKENS), _up(len(key), TOKENS))
-    options = max_length, ends_aligned, causal, scale
-    shape = Shape(query.device, query.dtype, stats.shape[0], tokens, heads, query.shape[2], strides, *options)
+    inputs, tokens = _heads_apart(query, key, value), (_up(len(query), TOKENS), _up(len(key), TOKENS))
+    shape = _shape(inputs, stats.shape[0], tokens, max_length, ends_aligned, causal, scale)
     gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
-    _run(
-        _backward_plan(shape, torch.are_deterministic_algorithms_enabled()),
-        query.device,
-        zip((_Part.QUERY, _Part.KEY, _Part.VALUE, _Part.OUT, _Part.STATS), (*inputs, out, stats)),
-        zip((_Part.D_OUT, _Part.D_QUERY, _Part.D_KEY, _Part.D_VALUE), (slope.contiguous(), *gradients)),
-        zip(_LENGTHS, lengths),
-        zip(_PLACES, places),
-    )
+    given = zip((_Part.QUERY, _Part.KEY, _Part.VALUE, _Part.OUT, _Part.STATS), (*inputs, out.contiguous(), stats))
+    made = zip((_Part.D_OUT, _Part.D_QUERY, _Part.D_KEY, _Part.D_VALUE), (slope.contiguous(), *gradients))
+    _run(_backward_plan(shape, torch.are_deterministic_algorithms_enabled()), shape, ends, given, made)
     return gradients[0], gradients[1], gradients[2]
 
 
