@@ -336,6 +336,14 @@ def test_draws_follow_the_distribution(top_p: float) -> None:
     assert (counts / 4_000 - expected).abs().sum() / 2 < 0.1
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e-42, 0.9), (1e-42, 1.0), (5e-324, 0.5), (1.0, 1e-50), (1.0, 5e-324)])
+def test_the_smallest_temperature_and_top_p_take_the_likeliest(temperature: float, top_p: float) -> None:
+    random = torch.Generator().manual_seed(1)
+    for seed in range(5):
+        logits = torch.randn(400, generator=torch.Generator().manual_seed(seed)) * 30
+        assert draw(logits, SamplingParams(1, temperature=temperature, top_p=top_p), random) == logits.argmax()
+
+
 def test_seed_decides_whatever_else_runs(engine: TransformersEngine, cases: list[Case]) -> None:
     drawn = replace(cases[0].request, sampling=SamplingParams(max_tokens=12, temperature=1.0, top_p=0.95, seed=7))
 

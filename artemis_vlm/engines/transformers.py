@@ -54,6 +54,8 @@ SLOT_ATTENTION: Final = "artemis_slots"
 STEP_TOKENS: Final = 512
 #: Most likely tokens looked at before the whole vocabulary is sorted for top_p.
 TOP_P_FIRST: Final = 256
+#: Below it the likeliest token is the only one; logits over a smaller one could be infinite.
+MIN_TEMPERATURE: Final = 1e-5
 
 
 class TransformersEngine:
@@ -490,14 +492,14 @@ def draw(logits: torch.Tensor, sampling: SamplingParams, random: torch.Generator
     The token with the largest probability / exponential noise, which draws from that distribution. The noise belongs to
     a token, whatever its rank, so logits that differ in their last bits give the same token for the same seed.
     """
-    probabilities = F.softmax(logits / sampling.temperature, -1)
+    probabilities = F.softmax((logits - logits.max()) / max(sampling.temperature, MIN_TEMPERATURE), -1)
     scores = probabilities / torch.empty_like(probabilities).exponential_(generator=random)
     if sampling.top_p == 1.0:
         return int(scores.argmax())
     values, tokens = probabilities.topk(min(TOP_P_FIRST, len(logits)))
     if values.sum() < sampling.top_p:
         values, tokens = probabilities.sort(descending=True, stable=True)
-    kept = tokens[: int((values.cumsum(0) - values < sampling.top_p).sum())]
+    kept = tokens[: max(1, int((values.cumsum(0) - values < sampling.top_p).sum()))]
     return int(kept[scores[kept].argmax()])
 
 
