@@ -8,6 +8,7 @@ Shape suffixes: B batch, T tokens, P patches, I images, V image tokens (V = P / 
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
@@ -67,15 +69,16 @@ class ArtemisVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # t
         self.visual = Qwen3VLVisionModel._from_config(config.vision_config) if vision_model is None else vision_model
         # Their mergers are kept in the checkpoint, but nothing reads what they would compute.
         self.visual.deepstack_visual_indexes = []
-        if language_model is None:
-            language_model = AutoModelForCausalLM.from_config(config.text_config)
-        self.language_model = language_model
+        decoder = AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
+        self.language_model = decoder
         self.multi_modal_projector = ArtemisVLMProjector(
             config.vision_config.out_hidden_size, config.text_config.hidden_size, config.projector_hidden_act
         )
         self.vocab_size = config.text_config.vocab_size
-        self._can_compile_fullgraph = language_model._can_compile_fullgraph  # decoding steps run the decoder alone
+        self._can_compile_fullgraph = decoder._can_compile_fullgraph  # decoding steps run the decoder alone
         self.post_init()
+        if language_model is not None:  # what ends an answer may stand there alone
+            self.generation_config = copy.deepcopy(language_model.generation_config)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()  # type: ignore[no-any-return]
@@ -150,6 +153,8 @@ class ArtemisVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # t
         labels: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,  # by name, as all of these: `generate` takes what the signature has
         **kwargs: Any,
     ) -> Any:
         """The decoder's own output; `labels` are token ids with -100 where there is nothing to learn.
@@ -158,7 +163,7 @@ class ArtemisVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # t
             input_ids: int64 (B, T); rows may or may not hold images. Or `inputs_embeds`, (B, T, H).
             pixel_values, image_grid_thw: as in `get_image_features`, all rows' images in order.
             image_features: (V, H), what `get_image_features` gave before, in place of pixels.
-            logits_to_keep, kwargs: the decoder's (`position_ids`, `past_key_values`, `use_cache`, ...).
+            logits_to_keep, position_ids, past_key_values, kwargs: the decoder's.
 
         Raises:
             SampleError: placeholders and image features differ in number; the text has both numbers.
@@ -175,6 +180,8 @@ class ArtemisVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # t
             inputs_embeds = splice(inputs_embeds, self.placeholders(input_ids, inputs_embeds), image_features)
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             kwargs["logits_to_keep"] = logits_to_keep
+        given = {"position_ids": position_ids, "past_key_values": past_key_values}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
         return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -188,7 +195,7 @@ class ArtemisVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # t
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Hands the images on with the prompt and, while there is a cache, never again.
+        """Hands the images on with the prompt and, while there is a cache, never again; those it holds already, not at all.
 
         transformers 5 makes the cache before the first step, so an empty cache is no sign of it; the flag is.
         """
@@ -197,8 +204,33 @@ class ArtemisVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):  # t
         )
         if is_first_iteration or not kwargs.get("use_cache", True):
             images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "image_features": image_features}
-            inputs |= {name: value for name, value in images.items() if value is not None}
+            given = {name: value for name, value in images.items() if value is not None}
+            left = inputs.get("input_ids")
+            if given and left is not None and left.shape[1] < input_ids.shape[1]:
+                given = {"image_features": self._later_features(input_ids, input_ids.shape[1] - left.shape[1], **given)}
+            inputs |= given
         return inputs
+
+    def _later_features(self, input_ids: torch.Tensor, cached: int, **images: torch.Tensor) -> torch.Tensor:
+        """Of the images of input_ids (B, T) the features (V, H) at placeholders after the first `cached` tokens."""
+        is_image = self.placeholders(input_ids, None)
+        features = images.get("image_features")
+        if features is None:
+            features = self.get_image_features(images["pixel_values"], images["image_grid_thw"])
+        check_counts(int(is_image.sum()), len(features))
+        later = torch.arange(input_ids.shape[1], device=input_ids.device) >= cached
+        return features[later.expand_as(is_image)[is_image].to(features.device)]
+
+    def _prefill(self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """Transformers' own, which would cut a prompt into chunks and leave its images out.
+
+        Raises:
+            SampleError: a prompt with images is to be cut.
+        """
+        size = generation_config.prefill_chunk_size
+        if size is not None and any(model_kwargs.get(name) is not None for name in ("pixel_values", "image_features")):
+            raise SampleError(f"prefill_chunk_size is {size}; a prompt with images cannot be cut into chunks: leave it out")
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
 
     def _supports_logits_to_keep(self) -> bool:
         return self.language_model._supports_logits_to_keep()  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from test_model import greedy_by_hand
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    DynamicCache,
     Trainer,
     TrainingArguments,
 )
@@ -126,6 +128,51 @@ def test_other_caches_give_the_same(how: dict[str, Any]) -> None:
     model = model_of()
     batch = left_padded(rows_of(model))
     assert torch.equal(model.generate(**batch, **GREEDY, **how), model.generate(**batch, **GREEDY))
+
+
+@torch.no_grad()
+def test_a_cache_is_continued() -> None:
+    """A second turn's tokens after a cache of the first; images that the cache holds are given again, or a new one."""
+    model = model_of()
+    first, text, second = rows_of(model)
+    for then in (text, second):
+        whole = {k: torch.cat([first[k], then[k]], 1) for k in ("input_ids", "attention_mask")}
+        for name in ("pixel_values", "image_grid_thw"):
+            whole[name] = torch.cat([row[name] for row in (first, then) if name in row])
+        cache = DynamicCache(config=model.config.text_config)
+        model(**first, past_key_values=cache, use_cache=True)
+        with_features = {k: whole[k] for k in ("input_ids", "attention_mask")}
+        with_features["image_features"] = model.get_image_features(whole["pixel_values"], whole["image_grid_thw"])
+        for inputs in (whole, with_features):
+            continued = model.generate(**inputs, past_key_values=copy.deepcopy(cache), **GREEDY)
+            assert torch.equal(continued, model.generate(**whole, **GREEDY))
+
+
+@torch.no_grad()
+def test_an_assistant_changes_nothing() -> None:
+    model, assistant = model_of(), model_of()
+    for row in rows_of(model):
+        assert torch.equal(model.generate(**row, assistant_model=assistant, **GREEDY), model.generate(**row, **GREEDY))
+
+
+@torch.no_grad()
+def test_prompts_with_images_are_not_cut_into_chunks() -> None:
+    model = model_of()
+    image, text, _ = rows_of(model)
+    assert torch.equal(model.generate(**text, prefill_chunk_size=3, **GREEDY), model.generate(**text, **GREEDY))
+    with pytest.raises(SampleError, match="prefill_chunk_size is 3; a prompt with images cannot be cut"):
+        model.generate(**image, prefill_chunk_size=3, **GREEDY)
+
+
+def test_a_graft_in_memory_ends_answers_as_its_decoder_does(sources: graft.Sources, tmp_path: Path) -> None:
+    decoder = AutoModelForCausalLM.from_pretrained(sources.decoder)
+    shutil.copytree(sources.decoder, tmp_path / "decoder")
+    decoder.generation_config.eos_token_id = [2, 25]
+    decoder.save_pretrained(tmp_path / "decoder")
+    grafted = ArtemisVLMForConditionalGeneration.from_a2_and_vision(str(tmp_path / "decoder"), tiny_a3().visual)
+    assert grafted.generation_config.eos_token_id == [2, 25]
+    loaded = graft.load_frozen(graft.Sources(sources.tower, tmp_path / "decoder"), torch.float32, "cpu")
+    assert loaded.generation_config.eos_token_id == [2, 25]
 
 
 @torch.no_grad()
