@@ -1,8 +1,8 @@
 """Builds an A3 folder file to file: any Qwen3-VL tower, any causal decoder, a projector, and a manifest.
 
 Tensors of tower and decoder go from their sources' safetensors into the new folder byte for byte, a few megabytes at a
-time; no model is built. `manifest.json` holds the sha256 of each frozen tensor, so that anyone can check later that frozen
-meant frozen. Knows nothing of training.
+time; a model is built only without memory, for its names and shapes. `manifest.json` holds the sha256 of each frozen
+tensor, so that anyone can check later that frozen meant frozen. Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from artemis_vlm import chat, tensorfile
 from artemis_vlm.configuration import ArtemisVLMConfig
-from artemis_vlm.errors import CheckpointError
+from artemis_vlm.errors import CheckpointError, RunError
 from artemis_vlm.image import PREPROCESSOR_FILE, ImageSpec
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, ArtemisVLMProjector
 from artemis_vlm.processing import VIDEO_TOKEN, check_spec, write_habits
@@ -142,10 +144,16 @@ def load_frozen(
     """Tower and decoder from their sources with a projector in float32, ready for alignment; only the latter trains.
 
     A new projector is initialised from torch's global seed.
+
+    Raises:
+        CheckpointError: tensors missing or of another shape than the configuration says.
     """
-    decoder = AutoModelForCausalLM.from_pretrained(sources.decoder, dtype=dtype, device_map=device)
-    tower = load_tower(sources.tower, dtype, device)
     config = graft_config(sources)
+    decoder, report = AutoModelForCausalLM.from_pretrained(
+        sources.decoder, dtype=dtype, device_map=device, output_loading_info=True
+    )
+    _check_loaded(report, sources.decoder)
+    tower = load_tower(sources.tower, dtype, device)
     model = ArtemisVLMForConditionalGeneration(config, vision_model=tower, language_model=decoder)
     model.multi_modal_projector.to(device, torch.float32)
     if projector is not None:
@@ -193,13 +201,43 @@ def load_decoder(folder: Path, dtype: torch.dtype | None = None, device: str = "
     decoder, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, device_map=device, output_loading_info=True
     )
-    if report["missing_keys"] or report["mismatched_keys"]:
-        names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise CheckpointError(f"the decoder in {folder} lacks {len(names)} tensors, {names[0]} among them")
+    _check_loaded(report, folder)
     if (folder / "generation_config.json").exists():
         decoder.generation_config = GenerationConfig.from_pretrained(folder)
     frozen: PreTrainedModel = decoder.requires_grad_(False).eval()
     return frozen
+
+
+def _check_loaded(report: Mapping[str, Any], folder: Path) -> None:
+    """Transformers draws what it does not find: a model that answers, in noise."""
+    names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if names:
+        raise CheckpointError(f"the decoder in {folder} lacks {len(names)} tensors, {names[0]} among them")
+
+
+def check_whole(config: ArtemisVLMConfig, tensors: Mapping[str, Stored | Held]) -> None:
+    """Compares names and shapes with those of the model that config describes; tensors beyond those are nobody's.
+
+    A decoder that Transformers stores under other names (experts one by one, say) is compared only when it is loaded.
+
+    Raises:
+        CheckpointError: one is missing or of another shape; the text names the first and their number.
+    """
+    with torch.device("meta"):
+        model = ArtemisVLMForConditionalGeneration(config)
+    if get_model_conversion_mapping(model, add_legacy=False):
+        return
+    tied: Mapping[str, str] = model.all_tied_weights_keys
+    problems = []
+    for name, expected in model.state_dict().items():
+        found = tensors.get(name)
+        if found is None and tied.get(name) not in tensors:
+            problems.append(f"{name} is missing")
+        elif found is not None and tuple(found.shape) != tuple(expected.shape):
+            problems.append(f"{name} has the shape {list(found.shape)} instead of {list(expected.shape)}")
+    if problems:
+        rest = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(f"the tensors are not those of the configurations: {problems[0]}{rest}")
 
 
 def graft_config(sources: Sources) -> ArtemisVLMConfig:
@@ -207,10 +245,10 @@ def graft_config(sources: Sources) -> ArtemisVLMConfig:
 
     Raises:
         RunError: the decoder's tokenizer has no image placeholder.
-        CheckpointError: the tower's own preprocessing disagrees with it.
+        CheckpointError: the tower's own preprocessing disagrees with it, or the decoder is none.
     """
     vision = tower_config(sources.tower)
-    text = AutoConfig.from_pretrained(sources.decoder)
+    text = _text_config(sources.decoder)
     tokenizer = load_tokenizer(sources.decoder)
     image_id = chat.image_token_id(tokenizer)
     if image_id >= text.vocab_size:
@@ -226,6 +264,13 @@ def graft_config(sources: Sources) -> ArtemisVLMConfig:
     )
 
 
+def _text_config(folder: Path) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config, "hidden_size"):
+        raise CheckpointError(f"{folder} holds a {config.model_type} model; expected a causal decoder of text alone")
+    return config
+
+
 def source_spec(sources: Sources, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageSpec:
     """The preprocessing a new graft takes: the tower's own file; Qwen3-VL's 0.5/0.5 where the tower has none."""
     vision = tower_config(sources.tower)
@@ -234,7 +279,10 @@ def source_spec(sources: Sources, min_pixels: int | None = None, max_pixels: int
     else:
         spec = ImageSpec(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
     check_spec(spec, vision)
-    return spec.with_limits(min_pixels, max_pixels)
+    try:
+        return spec.with_limits(min_pixels, max_pixels)
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -246,7 +294,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def new_projector(sources: Sources, seed: int = 0) -> dict[str, torch.Tensor]:
     """The weights of an untrained projector, float32, drawn as Transformers draws a linear layer's."""
-    text = AutoConfig.from_pretrained(sources.decoder)
+    text = _text_config(sources.decoder)
     projector = ArtemisVLMProjector(tower_config(sources.tower).out_hidden_size, text.hidden_size)
     generator = torch.Generator().manual_seed(seed)
     for parameter in projector.parameters():
@@ -264,14 +312,18 @@ def write_model(output: Path, sources: Sources, projector: Mapping[str, torch.Te
 
     Returns:
         The manifest's sha256, which names the frozen parts.
+
+    Raises:
+        CheckpointError: the parts lack tensors or do not fit each other; nothing is written.
     """
+    config, tensors = graft_config(sources), sources.tensors()
+    dtype = config.text_config.dtype or torch.float32
+    extra = {f"multi_modal_projector.{k}": Held(v.detach().to("cpu", dtype)) for k, v in projector.items()}
+    check_whole(config, {**tensors, **extra})
     output.mkdir(parents=True, exist_ok=True)
     for stale in (output / "config.json", output / INDEX_FILE, *output.glob("model*.safetensors")):
         stale.unlink(missing_ok=True)
-    config = graft_config(sources)
-    dtype = config.text_config.dtype or torch.float32
-    extra = {f"multi_modal_projector.{k}": Held(v.detach().to("cpu", dtype)) for k, v in projector.items()}
-    _write_shards(output, sources.tensors(), extra)
+    _write_shards(output, tensors, extra)
     for file in TEXT_FILES:
         if (sources.decoder / file).exists():
             shutil.copyfile(sources.decoder / file, output / file)
@@ -348,14 +400,18 @@ def verify(folder: Path, against: Sources | None = None) -> list[str]:
     """What is wrong with an A3 folder's frozen parts, in sentences in order of name; empty if all is well.
 
     Each tensor, and each file copied from the decoder, is compared with the folder's manifest, and the manifest with the
-    sources if given.
+    sources if given. That the model's tensors are all there comes last.
     """
-    manifest = _read_json(folder / MANIFEST_FILE)
-    stored = {k: t for k, t in stored_tensors(folder).items() if not k.startswith("multi_modal_projector.")}
+    manifest, tensors = _read_json(folder / MANIFEST_FILE), stored_tensors(folder)
+    stored = {k: t for k, t in tensors.items() if not k.startswith("multi_modal_projector.")}
     found = {"frozen": _digests(stored), "files": _file_digests(folder)}
     problems = _compare_manifests(manifest, found, "the manifest", "the folder")
     if against is not None:
         problems += _compare_manifests(manifest_of(against), manifest, "the sources", "the manifest")
+    try:
+        check_whole(load_config(folder), tensors)
+    except CheckpointError as error:
+        problems.append(str(error))
     return problems
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from models import SPEC, model_inputs, random_example
 from numpy.random import default_rng
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from artemis_vlm import ArtemisVLMForConditionalGeneration, CheckpointError, ImageSpec, RunError, graft
 from jobs.graft import main
@@ -109,6 +110,44 @@ def test_damage_and_misfits_are_sentences(sources: graft.Sources, tmp_path: Path
         graft.Sources(sources.decoder, sources.decoder).tensors()
     with pytest.raises(CheckpointError, match="projector does not fit"):
         graft.load_frozen(sources, torch.float32, projector={"fc1.weight": torch.zeros(2, 2)})
+
+
+def test_parts_that_do_not_fit_are_refused_before_anything_is_written(sources: graft.Sources, tmp_path: Path) -> None:
+    def decoder_without(name: str, start: str) -> graft.Sources:
+        """Its tensors under names that begin otherwise, one of them left out."""
+        folder = shutil.copytree(sources.decoder, tmp_path / f"without {name}", ignore=shutil.ignore_patterns("model*"))
+        tensors = {}
+        for key, stored in graft.stored_tensors(sources.decoder).items():
+            with safe_open(stored.file, "pt") as opened:
+                tensors[key.removeprefix(start)] = opened.get_tensor(key)
+        tensors.pop(name, None)
+        save_file(tensors, folder / graft.WEIGHTS_FILE)
+        return graft.Sources(sources.tower, folder)
+
+    lost = "model.layers.1.mlp.up_proj.weight"
+    projector = graft.new_projector(sources)
+    misfits = {
+        rf"language_model\.{lost} is missing$": (decoder_without(lost, ""), projector),
+        r"language_model\.model\.embed_tokens\.weight is missing \(": (decoder_without("", "model."), projector),
+        r"multi_modal_projector\.fc2\.bias is missing$": (
+            sources,
+            {name: tensor for name, tensor in projector.items() if name != "fc2.bias"},
+        ),
+        r"fc1\.weight has the shape \[64, 48\] instead of \[32, 48\]$": (
+            sources,
+            projector | {"fc1.weight": torch.zeros(64, projector["fc1.weight"].shape[1])},
+        ),
+    }
+    for said, (parts, weights) in misfits.items():
+        with pytest.raises(CheckpointError, match=said):
+            graft.write_model(tmp_path / "a3", parts, weights, SPEC)
+        assert not (tmp_path / "a3").exists()
+    with pytest.raises(CheckpointError, match=rf"lacks 1 tensors, {lost} among them"):
+        graft.load_frozen(next(iter(misfits.values()))[0], torch.float32)
+    with pytest.raises(CheckpointError, match="holds a qwen3_vl model; expected a causal decoder"):
+        graft.graft_config(graft.Sources(sources.tower, sources.tower))
+    with pytest.raises(RunError, match="max_pixels is 100"):
+        graft.source_spec(sources, max_pixels=100)
 
 
 def test_the_command_builds_and_verifies(sources: graft.Sources, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
