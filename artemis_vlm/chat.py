@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,7 +30,6 @@ Message = Mapping[str, Any]
 #: Keys whose value steers the template instead of being shown by it.
 _STRUCTURAL: Final = frozenset({"role", "type", "id", "tool_call_id"})
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_THOUGHT: Final = re.compile(r"^\s*<think>(.*?)</think>", re.DOTALL)
 
 
 class _Sentinels:
@@ -121,7 +120,7 @@ def encode_prompt(
         add_generation_prompt=True,
         enable_thinking=enable_thinking,
     )
-    ids = _encode_pieces(tokenizer, sentinels, rendered)
+    ids = _encode_pieces(tokenizer, sentinels.pieces(rendered))
     return _expand_images(ids, image_tokens, image_token_id(tokenizer))
 
 
@@ -136,13 +135,14 @@ def encode_example(
     """Token ids of a conversation that ends with the assistant's turn, and how many of them are prompt.
 
     The prompt is `encode_prompt` of the turns before, so an empty think block belongs to it and is never a target.
-    The target is the last turn's text and the tokens that close the turn, to the first that ends generation.
+    The target is the last turn's text and the tokens that close the turn, to the first that ends generation. A thought is
+    part of the target, between the template's own marks; prompt and target together are then the ids that the template
+    gives for the whole conversation.
+
+    Raises:
+        SampleError: as `encode_prompt` and `target_of`; or the template renders no thought behind such a prompt.
     """
-    if not messages or messages[-1].get("role") != "assistant":
-        raise SampleError("a training conversation must end with an assistant turn")
-    target = _text_of(messages[-1])
-    if not target.strip():
-        raise SampleError("the assistant's text is empty")
+    thought, answer = target_of(messages)
     prompt = encode_prompt(
         tokenizer,
         messages[:-1],
@@ -150,7 +150,32 @@ def encode_example(
         enable_thinking=enable_thinking,
         max_images_per_turn=max_images_per_turn,
     )
-    return prompt + encode_text(tokenizer, target) + turn_end(tokenizer), len(prompt)
+    if thought is None:
+        target = encode_text(tokenizer, answer)
+    else:
+        target = _encode_thought(tokenizer, thought, answer, enable_thinking)
+    return prompt + target + turn_end(tokenizer), len(prompt)
+
+
+def target_of(messages: Sequence[Message]) -> tuple[str | None, str]:
+    """The thought of a training conversation's last turn (None where it has none) and its answer.
+
+    The thought is the turn's `reasoning_content`, else what stands before `</think>` in its text.
+
+    Raises:
+        SampleError: the last turn is not the assistant's, is not text alone, calls tools, or has no answer.
+    """
+    if not messages or messages[-1].get("role") != "assistant":
+        raise SampleError("a training conversation must end with an assistant turn")
+    turn = messages[-1]
+    if turn.get("tool_calls"):
+        raise SampleError("the assistant's last turn holds tool_calls; only text is trained, so end with a turn of text")
+    text = _text_of(turn)
+    reasoning = turn.get("reasoning_content")
+    thought, answer = (str(reasoning), text) if reasoning else _split_thought(text)
+    if not answer.strip():
+        raise SampleError("the assistant's text is empty")
+    return thought, answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,10 +331,10 @@ def _hide_message(message: Message, sentinels: _Sentinels) -> dict[str, Any]:
         raise SampleError(f"a message has the role {role!r}; expected system, user, assistant or tool")
     content = message.get("content")
     if isinstance(content, str):
-        if role == "assistant" and (thought := _THOUGHT.match(content)):
+        if role == "assistant" and not message.get("reasoning_content"):
             # Templates look for the think block in the text, which they will not see: hand them its two parts.
-            hidden["reasoning_content"] = sentinels.hide(thought[1].strip("\n"))
-            content = content[thought.end() :].lstrip("\n")
+            thought, content = _split_thought(content)
+            hidden["reasoning_content"] = sentinels.hide(thought or "")
         hidden["content"] = sentinels.hide(content)
     elif isinstance(content, list):
         hidden["content"] = [_hide_part(part, sentinels) for part in content]
@@ -364,9 +389,41 @@ def _text_of(message: Message) -> str:
     raise SampleError("the assistant's turn must be text")
 
 
-def _encode_pieces(tokenizer: PreTrainedTokenizerBase, sentinels: _Sentinels, rendered: str) -> list[int]:
+def _split_thought(text: str) -> tuple[str | None, str]:
+    """The thought that an assistant's text begins with, if any, and the answer, told apart as the templates do.
+
+    The opening mark may be missing, since prompts end with it.
+    """
+    head, closing, answer = text.partition("</think>")
+    before, _, thought = head.rpartition("<think>")
+    if not closing or before.strip():
+        return None, text
+    return thought.strip("\n"), answer.lstrip("\n")
+
+
+def _encode_thought(
+    tokenizer: PreTrainedTokenizerBase, thought: str, answer: str, enable_thinking: bool | None
+) -> list[int]:
+    """Token ids of a thought and its answer as the template renders them, from where its prompt ends to the answer's end."""
+    sentinels = _Sentinels(tokenizer)
+    question = {"role": "user", "content": "a"}
+    turn = {"role": "assistant", "content": sentinels.hide(answer), "reasoning_content": sentinels.hide(thought)}
+    prompt = _render(tokenizer, [question], tools=None, add_generation_prompt=True, enable_thinking=enable_thinking)
+    whole = _render(tokenizer, [question, turn], tools=None, add_generation_prompt=False, enable_thinking=enable_thinking)
+    if not whole.startswith(prompt) or whole.count(sentinels.nonce) != len(sentinels.written):
+        raise SampleError(
+            "the assistant's last turn holds a thought, but the decoder's chat template renders none behind a prompt with "
+            f"enable_thinking={enable_thinking}; enable thinking or leave the thought out"
+        )
+    pieces = list(sentinels.pieces(whole[len(prompt) :]))
+    if not pieces[-1][0]:  # what closes the turn
+        del pieces[-1]
+    return _encode_pieces(tokenizer, pieces)
+
+
+def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[tuple[bool, str]]) -> list[int]:
     ids: list[int] = []
-    for written, text in sentinels.pieces(rendered):
+    for written, text in pieces:
         ids += encode_text(tokenizer, text) if written else tokenizer.encode(text, add_special_tokens=False)
     return ids
 

@@ -199,7 +199,9 @@ class ArtemisDataCollator:
     """Chats with images to a right-padded training batch, for any trainer that takes a collator.
 
     Each feature is `{"images": [PIL images], "messages": [turns]}`; the last turn, the assistant's, is the target. A
-    turn without a thought gets the empty think block in its prompt. Each image is preprocessed once.
+    thought in it (`reasoning_content`, or before `</think>` in its text) is trained with the answer; a turn without one
+    gets the empty think block in its prompt. With `auto_detect_thinking=False` prompts open as the checkpoint's do when
+    the caller does not say. Each image is preprocessed once.
 
     Returns a dict: `input_ids`, `attention_mask`, `labels` int64 (B, T), labels -100 off the target; with images
     `pixel_values` float32 (P, 1536) and `image_grid_thw` int64 (I, 3).
@@ -231,7 +233,11 @@ class ArtemisDataCollator:
 
     def _encode(self, feature: dict[str, Any], image_tokens: list[int]) -> tuple[list[int], int]:
         messages = feature["messages"]
-        thinking = None if not self.auto_detect_thinking else "</think>" in json.dumps(messages[-1].get("content"))
+        if self.auto_detect_thinking:
+            thought, _ = chat.target_of(messages)
+            thinking: bool | None = bool(thought)
+        else:
+            thinking = chat.image_thinking(bool(image_tokens), self.processor.image_turn_thinking)
         return chat.encode_example(
             self.processor.tokenizer,
             messages,

@@ -243,9 +243,25 @@ def test_collator(processor: ArtemisVLMProcessor, image: Image.Image) -> None:
     batch = ArtemisDataCollator(processor)(rows)
     labels = [batch["labels"][i][batch["labels"][i] >= 0] for i in range(2)]
     assert processor.tokenizer.decode(labels[0]) == "A cat on a red mat.<|im_end|>"
-    assert "easy" in processor.tokenizer.decode(labels[1])
+    assert processor.tokenizer.decode(labels[1]) == "easy\n</think>\n\n4<|im_end|>"
+    own = processor.tokenizer.apply_chat_template(rows[1]["messages"], return_dict=False, enable_thinking=True)
+    assert [*batch["input_ids"][1][batch["attention_mask"][1] == 1].tolist(), own[-1]] == own
     assert batch["pixel_values"].shape[0] == batch["image_grid_thw"][0].prod()
     assert not (batch["labels"] == processor.image_token_id).any()
     assert (
         batch["attention_mask"].sum(1) == torch.tensor([len(batch["input_ids"][0]), batch["attention_mask"][1].sum()])
     ).all()
+
+
+def test_collator_without_detection_opens_what_the_checkpoint_does(
+    processor: ArtemisVLMProcessor, image: Image.Image
+) -> None:
+    answer = {"role": "assistant", "content": "A cat."}
+    rows = [{"images": [image], "messages": [*CAT, answer]}, {"messages": [*SAID, answer]}]
+    batch = ArtemisDataCollator(processor, auto_detect_thinking=False)(rows)
+    ends = ["<think>\n\n</think>\n\nA cat.<|im_end|>", "<think>\nA cat.<|im_end|>"]
+    for ids, mask, end in zip(batch["input_ids"], batch["attention_mask"], ends):
+        assert processor.tokenizer.decode(ids[mask == 1]).endswith("<|im_start|>assistant\n" + end)
+    thinker = ArtemisVLMProcessor(processor.tokenizer, image_processor=processor.image_processor, image_turn_thinking=True)
+    ids = ArtemisDataCollator(thinker, auto_detect_thinking=False)(rows[:1])["input_ids"][0]
+    assert processor.tokenizer.decode(ids).endswith(ends[1])
