@@ -255,12 +255,12 @@ def count_images(messages: Sequence[Message], max_per_turn: int | None = None) -
     """Images in a conversation; the one place where too many in a turn are refused.
 
     Raises:
-        SampleError: a turn holds more than `max_per_turn`.
+        SampleError: a turn holds more than `max_per_turn`, or its content is neither a string nor a list of parts.
     """
     total = 0
     for message in messages:
-        content = message.get("content")
-        found = sum(part.get("type") in IMAGE_TYPES for part in content) if isinstance(content, (list, tuple)) else 0
+        content = _content(message)
+        found = 0 if isinstance(content, str) else sum(part.get("type") in IMAGE_TYPES for part in content)
         if max_per_turn is not None and found > max_per_turn:
             raise SampleError(
                 f"a {message.get('role')} turn holds {found} images; this model takes at most {max_per_turn} in a turn "
@@ -329,17 +329,15 @@ def _hide_message(message: Message, sentinels: _Sentinels) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or not _NAME.fullmatch(role):
         raise SampleError(f"a message has the role {role!r}; expected system, user, assistant or tool")
-    content = message.get("content")
+    content = _content(message)
     if isinstance(content, str):
         if role == "assistant" and not message.get("reasoning_content"):
             # Templates look for the think block in the text, which they will not see: hand them its two parts.
             thought, content = _split_thought(content)
             hidden["reasoning_content"] = sentinels.hide(thought or "")
         hidden["content"] = sentinels.hide(content)
-    elif isinstance(content, list):
-        hidden["content"] = [_hide_part(part, sentinels) for part in content]
     else:
-        hidden["content"] = ""
+        hidden["content"] = [_hide_part(part, sentinels) for part in content]
     if reasoning := message.get("reasoning_content"):
         hidden["reasoning_content"] = sentinels.hide(str(reasoning))
     if calls := message.get("tool_calls"):
@@ -347,6 +345,20 @@ def _hide_message(message: Message, sentinels: _Sentinels) -> dict[str, Any]:
     if name := message.get("name"):
         hidden["name"] = _checked_name(name)
     return hidden
+
+
+def _content(message: Message) -> str | Sequence[Message]:
+    """A message's text or parts; "" where it has none."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    turn = f"a {message.get('role')} turn's content"
+    if not isinstance(content, (list, tuple)):
+        raise SampleError(f"{turn} is a {type(content).__name__}; expected a string or a list of parts")
+    for part in content:
+        if not isinstance(part, Mapping):
+            raise SampleError(f'{turn} lists a {type(part).__name__}; expected parts like {{"type": "text", "text": "..."}}')
+    return content
 
 
 def _hide_part(part: Message, sentinels: _Sentinels) -> dict[str, Any]:
@@ -381,10 +393,10 @@ def _checked_name(name: Any) -> str:
 
 
 def _text_of(message: Message) -> str:
-    content = message.get("content")
+    content = _content(message)
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
+    if all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
         return "".join(part["text"] for part in content)
     raise SampleError("the assistant's turn must be text")
 

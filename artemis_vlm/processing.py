@@ -352,7 +352,7 @@ def _check_placeholders(placeholders: int, images: int, token: str) -> None:
 
 def _images_of(conversation: Sequence[Any]) -> list[Any]:
     """The images of a conversation, in order, wherever Transformers' templates let them be."""
-    parts = [p for turn in conversation if isinstance(turn.get("content"), list) for p in turn["content"]]
+    parts = [p for turn in conversation if isinstance(turn.get("content"), (list, tuple)) for p in turn["content"]]
     found = []
     for part in (p for p in parts if p.get("type") in chat.IMAGE_TYPES):
         image = next((part[key] for key in ("image", "url", "path", "base64", "image_url") if key in part), None)

@@ -137,6 +137,28 @@ def test_names_and_roles_are_checked(tokenizer: PreTrainedTokenizerBase) -> None
         encode_prompt(tokenizer, [{"role": "narrator", "content": "x"}])
 
 
+def test_content_is_a_string_or_parts(tokenizer: PreTrainedTokenizerBase) -> None:
+    parts = [{"type": "text", "text": "hi "}, {"type": "image"}]
+    listed, tupled = ([{"role": "user", "content": kind(parts)}] for kind in (list, tuple))
+    assert encode_prompt(tokenizer, tupled, image_tokens=[2]) == encode_prompt(tokenizer, listed, image_tokens=[2])
+    answer = {"role": "assistant", "content": ({"type": "text", "text": "A cat."},)}
+    ids, n_prompt = encode_example(tokenizer, [*tupled, answer], image_tokens=[2])
+    assert tokenizer.decode(ids[n_prompt:]) == "A cat.<|im_end|>"
+    nothing, empty = ([{"role": "user", "content": content}] for content in (None, ""))
+    assert encode_prompt(tokenizer, nothing) == encode_prompt(tokenizer, empty)
+    said = "expected a string or a list of parts"
+    for content, says in (
+        ({"type": "text", "text": "hi"}, f"a user turn's content is a dict; {said}"),
+        (5, f"a user turn's content is a int; {said}"),
+        (["hi"], "a user turn's content lists a str; expected parts like"),
+    ):
+        with pytest.raises(SampleError, match=says):
+            encode_prompt(tokenizer, [{"role": "user", "content": content}])
+    for content, says in (({"text": "hi"}, "an? assistant turn's content is a dict"), ([{"type": "text"}], "must be text")):
+        with pytest.raises(SampleError, match=says):
+            encode_example(tokenizer, [*empty, {"role": "assistant", "content": content}])
+
+
 def test_example_keeps_the_empty_think_block_in_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     messages = [*caption_messages("Describe."), {"role": "assistant", "content": "A cat."}]
     ids, n_prompt = encode_example(tokenizer, messages, image_tokens=[4], enable_thinking=False)
