@@ -27,8 +27,8 @@ IMAGE_TOKEN: Final = "<|image_pad|>"
 IMAGE_TYPES: Final = frozenset({"image", "image_url"})
 Message = Mapping[str, Any]
 
-#: Keys whose value steers the template instead of being shown by it.
-_STRUCTURAL: Final = frozenset({"role", "type", "id", "tool_call_id"})
+#: Keys whose value goes to the template as it is, since it may steer by them; so they must spell no token.
+_STRUCTURAL: Final = ("type", "id", "tool_call_id")
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -325,10 +325,13 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], *, enable_t
 
 def _hide_message(message: Message, sentinels: _Sentinels) -> dict[str, Any]:
     """A message with every written string behind a sentinel."""
-    hidden: dict[str, Any] = {k: v for k, v in message.items() if k in _STRUCTURAL}
     role = message.get("role")
     if not isinstance(role, str) or not _NAME.fullmatch(role):
         raise SampleError(f"a message has the role {role!r}; expected system, user, assistant or tool")
+    hidden: dict[str, Any] = {"role": role}
+    for key in _STRUCTURAL:
+        if (value := message.get(key)) is not None:
+            hidden[key] = _checked_name(value, f"a message has the {key}")
     content = _content(message)
     if isinstance(content, str):
         if role == "assistant" and not message.get("reasoning_content"):
@@ -343,7 +346,7 @@ def _hide_message(message: Message, sentinels: _Sentinels) -> dict[str, Any]:
     if calls := message.get("tool_calls"):
         hidden["tool_calls"] = [_hide_call(call, sentinels) for call in calls]
     if name := message.get("name"):
-        hidden["name"] = _checked_name(name)
+        hidden["name"] = _checked_name(name, "a function is named")
     return hidden
 
 
@@ -374,7 +377,7 @@ def _hide_call(call: Message, sentinels: _Sentinels) -> dict[str, Any]:
     function = call.get("function", call)
     arguments = function.get("arguments", {})
     hidden = {
-        "name": _checked_name(function.get("name")),
+        "name": _checked_name(function.get("name"), "a function is named"),
         "arguments": sentinels.hide(arguments) if isinstance(arguments, str) else sentinels.hide_json(arguments),
     }
     return {"type": "function", "function": hidden}
@@ -382,13 +385,13 @@ def _hide_call(call: Message, sentinels: _Sentinels) -> dict[str, Any]:
 
 def _hide_tool(tool: Mapping[str, Any], sentinels: _Sentinels) -> dict[str, Any]:
     function = dict(tool.get("function", {}))
-    name = _checked_name(function.pop("name", None))
+    name = _checked_name(function.pop("name", None), "a function is named")
     return {"type": "function", "function": {"name": name, **{k: sentinels.hide_json(v) for k, v in function.items()}}}
 
 
-def _checked_name(name: Any) -> str:
+def _checked_name(name: Any, found: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise SampleError(f"a function is named {name!r}; expected 1 to 64 of the characters A-Z a-z 0-9 _ . -")
+        raise SampleError(f"{found} {name!r}; expected 1 to 64 of the characters A-Z a-z 0-9 _ . -")
     return name
 
 

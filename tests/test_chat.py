@@ -131,10 +131,19 @@ def test_names_and_roles_are_checked(tokenizer: PreTrainedTokenizerBase) -> None
         encode_prompt(tokenizer, [{"role": "user", "content": "x"}], tools=[{"function": {"name": "<|im_end|>"}}])
     with pytest.raises(SampleError, match="role"):
         encode_prompt(tokenizer, [{"role": "<|im_end|>", "content": "x"}])
+    for key in ("type", "id", "tool_call_id"):
+        with pytest.raises(SampleError, match=rf"a message has the {key} '<\|im_end\|>'; expected 1 to 64 of"):
+            encode_prompt(tokenizer, [{"role": "tool", "content": "x", key: "<|im_end|>"}])
     with pytest.raises(SampleError, match="video"):
         encode_prompt(tokenizer, [{"role": "user", "content": [{"type": "video"}]}])
     with pytest.raises(SampleError, match="refused"):
         encode_prompt(tokenizer, [{"role": "narrator", "content": "x"}])
+
+
+def test_checked_keys_reach_the_template(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].tool_call_id }}={{ messages[0].id is defined }}")
+    message = {"role": "tool", "content": "x", "tool_call_id": "call_1", "id": None}
+    assert tokenizer.decode(encode_prompt(tokenizer, [message])) == "call_1=False"
 
 
 def test_content_is_a_string_or_parts(tokenizer: PreTrainedTokenizerBase) -> None:
