@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, TextKwargs
 from transformers.utils import cached_file
 
 from artemis_vlm import chat
@@ -25,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 VIDEO_TOKEN: Final = "<|video_pad|>"
 PROCESSOR_FILE: Final = "processor_config.json"
+#: What a processor's call takes and a template does not.
+_CALL_OPTIONS: Final = frozenset(
+    option
+    for kind in (ProcessingKwargs, TextKwargs, Qwen2VLImageProcessorPil.valid_kwargs)
+    for option in kind.__annotations__
+)
 _HUB_OPTIONS: Final = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -147,6 +153,7 @@ class ArtemisVLMProcessor(ProcessorMixin):  # type: ignore[misc]
         options = {**(kwargs.pop("processor_kwargs", None) or {})}
         if tensors := kwargs.pop("return_tensors", None):
             options["return_tensors"] = tensors
+        options |= {name: kwargs.pop(name) for name in _CALL_OPTIONS & kwargs.keys()}
         if kwargs.pop("return_assistant_tokens_mask", False):
             raise ValueError("return_assistant_tokens_mask needs enable_thinking when only some conversations hold images")
         texts = [self.apply_chat_template(turns, chat_template, **kwargs) for turns in conversations]

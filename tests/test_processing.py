@@ -185,6 +185,21 @@ def test_each_conversation_of_a_batch_has_its_own_default(processor: ArtemisVLMP
         processor_kwargs={"padding": True, "padding_side": "left"},
     )
     assert batch["attention_mask"][:, -1].all()
+    plainly = processor.apply_chat_template(
+        [asked(image), tuple(SAID), [{"role": "user", "content": tuple(asked(image.resize((64, 40)))[0]["content"])}]],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
+    assert all(torch.equal(plainly[k], batch[k]) for k in batch), "keyword arguments reach the call as processor_kwargs do"
+    options = {"tokenize": True, "return_dict": True, "size": {"shortest_edge": 1024, "longest_edge": 4096}}
+    options |= {"padding": "max_length", "truncation": True, "text_kwargs": {"max_length": 40}}
+    cut = processor.apply_chat_template([SAID, asked(image)], **options)
+    assert [len(ids) for ids in cut["input_ids"]] == [40, 40]
+    assert cut["image_grid_thw"][0].prod() <= 4096 // 16**2
     large, small = (int(grid.prod()) // 4 for grid in batch["image_grid_thw"])
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [large, 0, small]
     assert processor.apply_chat_template(conversations, enable_thinking=True, add_generation_prompt=True)[0].endswith(
