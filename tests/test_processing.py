@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import logging
 import threading
@@ -27,7 +28,7 @@ from transformers import (
 
 import artemis_vlm
 from artemis_vlm import ArtemisDataCollator, ArtemisVLMProcessor, CheckpointError, SampleError, chat
-from artemis_vlm.image import patchify
+from artemis_vlm.image import decode_image, patchify
 from artemis_vlm.modeling import normalize
 from artemis_vlm.processing import find_habits
 
@@ -117,6 +118,61 @@ def test_pipeline(a3: Path, sources_of_image: list[object]) -> None:
     answers = [pipe(text=asked(source), **options)[0]["generated_text"] for source in sources_of_image]
     assert len(set(answers)) == 1
     assert pipe(text=SAID, **options)[0]["generated_text"]
+
+
+def test_images_become_rgb_as_served_ones_do(processor: ArtemisVLMProcessor, image: Image.Image, tmp_path: Path) -> None:
+    def pixels(*images: object) -> torch.Tensor:
+        return processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+    grey = Image.fromarray(np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 20)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    saved = {"grey16.png": (grey, {}), "alpha.png": (image.convert("RGBA"), {}), "turned.jpg": (image, {"exif": turned})}
+    for name, (picture, options) in saved.items():
+        path = tmp_path / name
+        picture.save(path, **options)
+        expected = pixels(decode_image(path.read_bytes()))
+        data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+        with Image.open(path) as opened:
+            size = opened.size
+            for source in (path, str(path), data, opened):
+                assert torch.equal(pixels(source), expected), (name, source)
+            assert opened.size == size, "the caller's image is left as it is"
+    assert torch.equal(pixels(grey), pixels(tmp_path / "grey16.png"))
+    assert pixels(grey).unique().numel() > 100
+    for mode in ("L", "RGBA"):
+        array = np.array(image.convert(mode))
+        for given in (array, torch.from_numpy(array)):
+            assert torch.equal(pixels(given), pixels(image.convert(mode)))
+    rgb = np.array(image)
+    assert torch.equal(pixels(rgb.transpose(2, 0, 1)), pixels(rgb))
+    unit = processor(images=rgb.astype(np.float32) / 255, do_rescale=False, do_resize=True, return_tensors="pt")
+    assert unit["pixel_values"].max() > 0.9, "who rescales for himself may"
+
+
+def test_unusable_images_are_told_by_number(processor: ArtemisVLMProcessor, image: Image.Image, tmp_path: Path) -> None:
+    image.save(tmp_path / "cat.png")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes((tmp_path / "cat.png").read_bytes()[:2000])
+    text = tmp_path / "cat.txt"
+    text.write_text("a cat")
+    pixels = np.array(image)
+    shapes = r"; expected uint8 \(H, W\), \(H, W, 3\), \(H, W, 4\) or \(3, H, W\)$"
+    for bad, says in (
+        (tmp_path / "no.png", r"image 2 \(.*/no.png\) cannot be read; expected the path"),
+        (str(text), r"image 2 \(.*/cat.txt\) cannot be read; expected the path"),
+        ("A" * 5000, r"image 2 \(A{97}\.\.\.\) cannot be read; expected the path"),
+        (cut, r"image 2 \(130x90\) is damaged or cut short; give a whole one"),
+        (Image.open(io.BytesIO(cut.read_bytes())), r"image 2 \(130x90\) is damaged or cut short; give a whole one"),
+        (pixels[..., :2], r"image 2 is a uint8 array of the shape \(90, 130, 2\)" + shapes),
+        (pixels[..., 0].astype(np.float32), r"image 2 is a float32 array of the shape \(90, 130\)" + shapes),
+        (pixels[:0], r"image 2 is a uint8 array of the shape \(0, 130, 3\)" + shapes),
+        (pixels / 255, r"image 2 is a float64 array with values only within \[0, 1\]; give it as uint8 0..255"),
+        (torch.rand(3, 40, 40), r"image 2 is a float32 array with values only within \[0, 1\]; give it as uint8 0..255"),
+    ):
+        with pytest.raises(SampleError, match=says) as refused:
+            processor(images=[image, bad])
+        assert " at 0x" not in str(refused.value)
 
 
 def test_save_and_load(processor: ArtemisVLMProcessor, tmp_path: Path) -> None:
