@@ -140,11 +140,25 @@ class ImageSpec:
             logger.warning("%s has no %s: using CLIP mean/std, as the published artemis-vlm did", folder, PREPROCESSOR_FILE)
             return cls(image_mean=CLIP_MEAN, image_std=CLIP_STD)
         try:
-            return cls.from_dict(json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
-            raise CheckpointError(
-                f"{path} is not JSON: {error}; write it again or delete it to use CLIP's mean/std"
-            ) from error
+            fields = json_object(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; write it again or delete it to use CLIP's mean/std") from error
+        return cls.from_dict(fields)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The fields that a checkpoint's file holds.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(found).__name__}; expected an object")
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 from artemis_vlm import chat
 from artemis_vlm.configuration import ArtemisVLMConfig
 from artemis_vlm.errors import CheckpointError, SampleError
-from artemis_vlm.image import CLIP_MEAN, CLIP_STD, PREPROCESSOR_FILE, ImageSpec, check_aspect_ratio, upright_rgb
+from artemis_vlm.image import CLIP_MEAN, CLIP_STD, PREPROCESSOR_FILE, ImageSpec, check_aspect_ratio, json_object, upright_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +101,9 @@ class ArtemisVLMProcessor(ProcessorMixin):  # type: ignore[misc]
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> tuple[dict[str, Any], Any]:
         hub = {k: kwargs[k] for k in _HUB_OPTIONS if kwargs.get(k)}
+        habits = find_habits(str(pretrained_model_name_or_path), **hub)  # first: it says what is wrong with the file
         fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        return fields | find_habits(str(pretrained_model_name_or_path), **hub), kwargs
+        return fields | habits, kwargs
 
     @classmethod
     def _get_arguments_from_pretrained(
@@ -229,6 +230,8 @@ class ArtemisDataCollator:
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if not features:
+            raise SampleError("the batch holds no features; expected at least one with images and messages")
         images = [image for f in features for image in f.get("images") or []]
         batch: dict[str, torch.Tensor] = {}
         if images:
@@ -338,13 +341,7 @@ def write_habits(folder: Path, config: ArtemisVLMConfig) -> None:
 
 def _checkpoint_json(name_or_path: str, file: str, **hub: Any) -> dict[str, Any]:
     path = _checkpoint_file(name_or_path, file, **hub)
-    if path is None:
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    return {} if path is None else json_object(path)
 
 
 def _checkpoint_file(name_or_path: str, file: str, **hub: Any) -> Path | None:

@@ -214,6 +214,16 @@ def test_the_checkpoint_keeps_its_habits(a3: Path, processor: ArtemisVLMProcesso
     assert not thinks()
 
 
+@pytest.mark.parametrize(
+    ("data", "says"), [(b"[]", "holds a JSON list"), (b"5", "holds a JSON int"), (b"\xff", "is not JSON")]
+)
+@pytest.mark.parametrize("file", ["processor_config.json", "config.json"])
+def test_habits_that_are_no_object_are_named(tmp_path: Path, file: str, data: bytes, says: str) -> None:
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{file} {says}"):
+        ArtemisVLMProcessor.get_processor_dict(tmp_path)
+
+
 def test_chat_template_tokenizes_and_loads_images(processor: ArtemisVLMProcessor, sources_of_image: list[object]) -> None:
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     batches = [processor.apply_chat_template(asked(source), **options) for source in sources_of_image]
@@ -336,3 +346,8 @@ def test_collator_without_detection_opens_what_the_checkpoint_does(
     thinker = ArtemisVLMProcessor(processor.tokenizer, image_processor=processor.image_processor, image_turn_thinking=True)
     ids = ArtemisDataCollator(thinker, auto_detect_thinking=False)(rows[:1])["input_ids"][0]
     assert processor.tokenizer.decode(ids).endswith(ends[1])
+
+
+def test_an_empty_batch_is_refused(processor: ArtemisVLMProcessor) -> None:
+    with pytest.raises(SampleError, match="the batch holds no features; expected at least one"):
+        ArtemisDataCollator(processor)([])
