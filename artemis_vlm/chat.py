@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,10 +27,9 @@ IMAGE_TOKEN: Final = "<|image_pad|>"
 IMAGE_TYPES: Final = frozenset({"image", "image_url"})
 Message = Mapping[str, Any]
 
-#: Keys whose value steers the template instead of being shown by it.
-_STRUCTURAL: Final = frozenset({"role", "type", "id", "tool_call_id"})
+#: Keys whose value goes to the template as it is, since it may steer by them; so they must spell no token.
+_STRUCTURAL: Final = ("type", "id", "tool_call_id")
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_THOUGHT: Final = re.compile(r"^\s*<think>(.*?)</think>", re.DOTALL)
 
 
 class _Sentinels:
@@ -121,7 +120,7 @@ def encode_prompt(
         add_generation_prompt=True,
         enable_thinking=enable_thinking,
     )
-    ids = _encode_pieces(tokenizer, sentinels, rendered)
+    ids = _encode_pieces(tokenizer, sentinels.pieces(rendered))
     return _expand_images(ids, image_tokens, image_token_id(tokenizer))
 
 
@@ -136,13 +135,14 @@ def encode_example(
     """Token ids of a conversation that ends with the assistant's turn, and how many of them are prompt.
 
     The prompt is `encode_prompt` of the turns before, so an empty think block belongs to it and is never a target.
-    The target is the last turn's text and the tokens that close the turn, to the first that ends generation.
+    The target is the last turn's text and the tokens that close the turn, to the first that ends generation. A thought is
+    part of the target, between the template's own marks; prompt and target together are then the ids that the template
+    gives for the whole conversation.
+
+    Raises:
+        SampleError: as `encode_prompt` and `target_of`; or the template renders no thought behind such a prompt.
     """
-    if not messages or messages[-1].get("role") != "assistant":
-        raise SampleError("a training conversation must end with an assistant turn")
-    target = _text_of(messages[-1])
-    if not target.strip():
-        raise SampleError("the assistant's text is empty")
+    thought, answer = target_of(messages)
     prompt = encode_prompt(
         tokenizer,
         messages[:-1],
@@ -150,7 +150,32 @@ def encode_example(
         enable_thinking=enable_thinking,
         max_images_per_turn=max_images_per_turn,
     )
-    return prompt + encode_text(tokenizer, target) + turn_end(tokenizer), len(prompt)
+    if thought is None:
+        target = encode_text(tokenizer, answer)
+    else:
+        target = _encode_thought(tokenizer, thought, answer, enable_thinking)
+    return prompt + target + turn_end(tokenizer), len(prompt)
+
+
+def target_of(messages: Sequence[Message]) -> tuple[str | None, str]:
+    """The thought of a training conversation's last turn (None where it has none) and its answer.
+
+    The thought is the turn's `reasoning_content`, else what stands before `</think>` in its text.
+
+    Raises:
+        SampleError: the last turn is not the assistant's, is not text alone, calls tools, or has no answer.
+    """
+    if not messages or messages[-1].get("role") != "assistant":
+        raise SampleError("a training conversation must end with an assistant turn")
+    turn = messages[-1]
+    if turn.get("tool_calls"):
+        raise SampleError("the assistant's last turn holds tool_calls; only text is trained, so end with a turn of text")
+    text = _text_of(turn)
+    reasoning = turn.get("reasoning_content")
+    thought, answer = (str(reasoning), text) if reasoning else _split_thought(text)
+    if not answer.strip():
+        raise SampleError("the assistant's text is empty")
+    return thought, answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,12 +255,12 @@ def count_images(messages: Sequence[Message], max_per_turn: int | None = None) -
     """Images in a conversation; the one place where too many in a turn are refused.
 
     Raises:
-        SampleError: a turn holds more than `max_per_turn`.
+        SampleError: a turn holds more than `max_per_turn`, or its content is neither a string nor a list of parts.
     """
     total = 0
     for message in messages:
-        content = message.get("content")
-        found = sum(part.get("type") in IMAGE_TYPES for part in content) if isinstance(content, (list, tuple)) else 0
+        content = _content(message)
+        found = 0 if isinstance(content, str) else sum(part.get("type") in IMAGE_TYPES for part in content)
         if max_per_turn is not None and found > max_per_turn:
             raise SampleError(
                 f"a {message.get('role')} turn holds {found} images; this model takes at most {max_per_turn} in a turn "
@@ -300,28 +325,43 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], *, enable_t
 
 def _hide_message(message: Message, sentinels: _Sentinels) -> dict[str, Any]:
     """A message with every written string behind a sentinel."""
-    hidden: dict[str, Any] = {k: v for k, v in message.items() if k in _STRUCTURAL}
     role = message.get("role")
     if not isinstance(role, str) or not _NAME.fullmatch(role):
         raise SampleError(f"a message has the role {role!r}; expected system, user, assistant or tool")
-    content = message.get("content")
+    hidden: dict[str, Any] = {"role": role}
+    for key in _STRUCTURAL:
+        if (value := message.get(key)) is not None:
+            hidden[key] = _checked_name(value, f"a message has the {key}")
+    content = _content(message)
     if isinstance(content, str):
-        if role == "assistant" and (thought := _THOUGHT.match(content)):
+        if role == "assistant" and not message.get("reasoning_content"):
             # Templates look for the think block in the text, which they will not see: hand them its two parts.
-            hidden["reasoning_content"] = sentinels.hide(thought[1].strip("\n"))
-            content = content[thought.end() :].lstrip("\n")
+            thought, content = _split_thought(content)
+            hidden["reasoning_content"] = sentinels.hide(thought or "")
         hidden["content"] = sentinels.hide(content)
-    elif isinstance(content, list):
-        hidden["content"] = [_hide_part(part, sentinels) for part in content]
     else:
-        hidden["content"] = ""
+        hidden["content"] = [_hide_part(part, sentinels) for part in content]
     if reasoning := message.get("reasoning_content"):
         hidden["reasoning_content"] = sentinels.hide(str(reasoning))
     if calls := message.get("tool_calls"):
         hidden["tool_calls"] = [_hide_call(call, sentinels) for call in calls]
     if name := message.get("name"):
-        hidden["name"] = _checked_name(name)
+        hidden["name"] = _checked_name(name, "a function is named")
     return hidden
+
+
+def _content(message: Message) -> str | Sequence[Message]:
+    """A message's text or parts; "" where it has none."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    turn = f"a {message.get('role')} turn's content"
+    if not isinstance(content, (list, tuple)):
+        raise SampleError(f"{turn} is a {type(content).__name__}; expected a string or a list of parts")
+    for part in content:
+        if not isinstance(part, Mapping):
+            raise SampleError(f'{turn} lists a {type(part).__name__}; expected parts like {{"type": "text", "text": "..."}}')
+    return content
 
 
 def _hide_part(part: Message, sentinels: _Sentinels) -> dict[str, Any]:
@@ -337,7 +377,7 @@ def _hide_call(call: Message, sentinels: _Sentinels) -> dict[str, Any]:
     function = call.get("function", call)
     arguments = function.get("arguments", {})
     hidden = {
-        "name": _checked_name(function.get("name")),
+        "name": _checked_name(function.get("name"), "a function is named"),
         "arguments": sentinels.hide(arguments) if isinstance(arguments, str) else sentinels.hide_json(arguments),
     }
     return {"type": "function", "function": hidden}
@@ -345,28 +385,60 @@ def _hide_call(call: Message, sentinels: _Sentinels) -> dict[str, Any]:
 
 def _hide_tool(tool: Mapping[str, Any], sentinels: _Sentinels) -> dict[str, Any]:
     function = dict(tool.get("function", {}))
-    name = _checked_name(function.pop("name", None))
+    name = _checked_name(function.pop("name", None), "a function is named")
     return {"type": "function", "function": {"name": name, **{k: sentinels.hide_json(v) for k, v in function.items()}}}
 
 
-def _checked_name(name: Any) -> str:
+def _checked_name(name: Any, found: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise SampleError(f"a function is named {name!r}; expected 1 to 64 of the characters A-Z a-z 0-9 _ . -")
+        raise SampleError(f"{found} {name!r}; expected 1 to 64 of the characters A-Z a-z 0-9 _ . -")
     return name
 
 
 def _text_of(message: Message) -> str:
-    content = message.get("content")
+    content = _content(message)
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
+    if all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
         return "".join(part["text"] for part in content)
     raise SampleError("the assistant's turn must be text")
 
 
-def _encode_pieces(tokenizer: PreTrainedTokenizerBase, sentinels: _Sentinels, rendered: str) -> list[int]:
+def _split_thought(text: str) -> tuple[str | None, str]:
+    """The thought that an assistant's text begins with, if any, and the answer, told apart as the templates do.
+
+    The opening mark may be missing, since prompts end with it.
+    """
+    head, closing, answer = text.partition("</think>")
+    before, _, thought = head.rpartition("<think>")
+    if not closing or before.strip():
+        return None, text
+    return thought.strip("\n"), answer.lstrip("\n")
+
+
+def _encode_thought(
+    tokenizer: PreTrainedTokenizerBase, thought: str, answer: str, enable_thinking: bool | None
+) -> list[int]:
+    """Token ids of a thought and its answer as the template renders them, from where its prompt ends to the answer's end."""
+    sentinels = _Sentinels(tokenizer)
+    question = {"role": "user", "content": "a"}
+    turn = {"role": "assistant", "content": sentinels.hide(answer), "reasoning_content": sentinels.hide(thought)}
+    prompt = _render(tokenizer, [question], tools=None, add_generation_prompt=True, enable_thinking=enable_thinking)
+    whole = _render(tokenizer, [question, turn], tools=None, add_generation_prompt=False, enable_thinking=enable_thinking)
+    if not whole.startswith(prompt) or whole.count(sentinels.nonce) != len(sentinels.written):
+        raise SampleError(
+            "the assistant's last turn holds a thought, but the decoder's chat template renders none behind a prompt with "
+            f"enable_thinking={enable_thinking}; enable thinking or leave the thought out"
+        )
+    pieces = list(sentinels.pieces(whole[len(prompt) :]))
+    if not pieces[-1][0]:  # what closes the turn
+        del pieces[-1]
+    return _encode_pieces(tokenizer, pieces)
+
+
+def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[tuple[bool, str]]) -> list[int]:
     ids: list[int] = []
-    for written, text in sentinels.pieces(rendered):
+    for written, text in pieces:
         ids += encode_text(tokenizer, text) if written else tokenizer.encode(text, add_special_tokens=False)
     return ids
 

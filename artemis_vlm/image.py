@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from artemis_vlm.errors import CheckpointError, SampleError
 
@@ -140,11 +140,25 @@ class ImageSpec:
             logger.warning("%s has no %s: using CLIP mean/std, as the published artemis-vlm did", folder, PREPROCESSOR_FILE)
             return cls(image_mean=CLIP_MEAN, image_std=CLIP_STD)
         try:
-            return cls.from_dict(json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
-            raise CheckpointError(
-                f"{path} is not JSON: {error}; write it again or delete it to use CLIP's mean/std"
-            ) from error
+            fields = json_object(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; write it again or delete it to use CLIP's mean/std") from error
+        return cls.from_dict(fields)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The fields that a checkpoint's file holds.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(found).__name__}; expected an object")
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,14 +192,22 @@ def decode_image(data: bytes, max_pixels: int = MAX_DECODED_PIXELS) -> Image.Ima
         raise SampleError(f"the image is {width}x{height} = {width * height} pixels; the limit is {max_pixels}")
     check_aspect_ratio(height, width)
     try:
-        if image.mode == "I;16":  # which convert("RGB") would clip, not scale
-            scaled = image.point(lambda v: v / 256).convert("L")
-            return ImageOps.exif_transpose(scaled).convert("RGB")
-        ImageOps.exif_transpose(image, in_place=True)
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # either would copy an image that is right already
+        return upright_rgb(image)
     except Exception as error:
         raise SampleError(f"the {image.format} image ({width}x{height}) is damaged") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The raster of an opened image, turned as its EXIF says, in RGB; the image itself where it is so already.
+
+    Raises whatever Pillow does on a damaged one.
+    """
+    image.load()
+    if image.mode == "I;16":  # which convert("RGB") would clip, not scale
+        image = image.point(lambda v: v / 256).convert("L")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # or a right one would be copied
+        image = ImageOps.exif_transpose(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def check_aspect_ratio(height: int, width: int) -> None:

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # under this name whichever client it is
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, TextKwargs
 from transformers.utils import cached_file
 
 from artemis_vlm import chat
 from artemis_vlm.configuration import ArtemisVLMConfig
 from artemis_vlm.errors import CheckpointError, SampleError
-from artemis_vlm.image import CLIP_MEAN, CLIP_STD, PREPROCESSOR_FILE, ImageSpec, check_aspect_ratio
+from artemis_vlm.image import CLIP_MEAN, CLIP_STD, PREPROCESSOR_FILE, ImageSpec, check_aspect_ratio, json_object, upright_rgb
 
 logger = logging.getLogger(__name__)
 
 VIDEO_TOKEN: Final = "<|video_pad|>"
 PROCESSOR_FILE: Final = "processor_config.json"
+#: What a processor's call takes and a template does not.
+_CALL_OPTIONS: Final = frozenset(
+    option
+    for kind in (ProcessingKwargs, TextKwargs, Qwen2VLImageProcessorPil.valid_kwargs)
+    for option in kind.__annotations__
+)
 _HUB_OPTIONS: Final = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -35,8 +45,8 @@ class ArtemisVLMProcessor(ProcessorMixin):  # type: ignore[misc]
     `ArtemisVLMProcessor(tokenizer=..., vision_config=...)`, which looks beside the tokenizer for the checkpoint's
     `preprocessor_config.json` and takes CLIP's mean/std, with a warning, where there is none.
 
-    Called with `images` (PIL images, arrays, paths, http(s) or data URIs; one, a list, or a list for each text) and
-    `text` (rendered, one `<|image_pad|>` an image, each expanded to the image's tokens), it gives `input_ids`,
+    Called with `images` (PIL images, arrays of 0..255, paths, http(s) or data URIs; one, a list, or a list for each text)
+    and `text` (rendered, one `<|image_pad|>` an image, each expanded to the image's tokens), it gives `input_ids`,
     `attention_mask`, and with images `pixel_values` float32 (P, 1536) and `image_grid_thw` int64 (I, 3).
 
     The text path renders a template and then tokenizes it, as Transformers users expect: for trusted input. What
@@ -91,8 +101,9 @@ class ArtemisVLMProcessor(ProcessorMixin):  # type: ignore[misc]
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> tuple[dict[str, Any], Any]:
         hub = {k: kwargs[k] for k in _HUB_OPTIONS if kwargs.get(k)}
+        habits = find_habits(str(pretrained_model_name_or_path), **hub)  # first: it says what is wrong with the file
         fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        return fields | find_habits(str(pretrained_model_name_or_path), **hub), kwargs
+        return fields | habits, kwargs
 
     @classmethod
     def _get_arguments_from_pretrained(
@@ -147,6 +158,7 @@ class ArtemisVLMProcessor(ProcessorMixin):  # type: ignore[misc]
         options = {**(kwargs.pop("processor_kwargs", None) or {})}
         if tensors := kwargs.pop("return_tensors", None):
             options["return_tensors"] = tensors
+        options |= {name: kwargs.pop(name) for name in _CALL_OPTIONS & kwargs.keys()}
         if kwargs.pop("return_assistant_tokens_mask", False):
             raise ValueError("return_assistant_tokens_mask needs enable_thinking when only some conversations hold images")
         texts = [self.apply_chat_template(turns, chat_template, **kwargs) for turns in conversations]
@@ -171,7 +183,10 @@ class ArtemisVLMProcessor(ProcessorMixin):  # type: ignore[misc]
         if texts is not None:
             texts = list(texts)
             self._check_counts(texts, images)
-        flat = [_loaded(image) for image in _flatten(images)]
+        options = {**kwargs, **(kwargs.get("images_kwargs") or {})}
+        rescale, factor = (options.get(k, getattr(self.image_processor, k)) for k in ("do_rescale", "rescale_factor"))
+        to_one = bool(rescale) and factor < 1
+        flat = [_loaded(image, number, to_one) for number, image in enumerate(_flatten(images), 1)]
         return flat or None, texts, None, None
 
     def _check_counts(self, texts: list[str], images: Any) -> None:
@@ -199,7 +214,9 @@ class ArtemisDataCollator:
     """Chats with images to a right-padded training batch, for any trainer that takes a collator.
 
     Each feature is `{"images": [PIL images], "messages": [turns]}`; the last turn, the assistant's, is the target. A
-    turn without a thought gets the empty think block in its prompt. Each image is preprocessed once.
+    thought in it (`reasoning_content`, or before `</think>` in its text) is trained with the answer; a turn without one
+    gets the empty think block in its prompt. With `auto_detect_thinking=False` prompts open as the checkpoint's do when
+    the caller does not say. Each image is preprocessed once.
 
     Returns a dict: `input_ids`, `attention_mask`, `labels` int64 (B, T), labels -100 off the target; with images
     `pixel_values` float32 (P, 1536) and `image_grid_thw` int64 (I, 3).
@@ -213,6 +230,8 @@ class ArtemisDataCollator:
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if not features:
+            raise SampleError("the batch holds no features; expected at least one with images and messages")
         images = [image for f in features for image in f.get("images") or []]
         batch: dict[str, torch.Tensor] = {}
         if images:
@@ -231,7 +250,11 @@ class ArtemisDataCollator:
 
     def _encode(self, feature: dict[str, Any], image_tokens: list[int]) -> tuple[list[int], int]:
         messages = feature["messages"]
-        thinking = None if not self.auto_detect_thinking else "</think>" in json.dumps(messages[-1].get("content"))
+        if self.auto_detect_thinking:
+            thought, _ = chat.target_of(messages)
+            thinking: bool | None = bool(thought)
+        else:
+            thinking = chat.image_thinking(bool(image_tokens), self.processor.image_turn_thinking)
         return chat.encode_example(
             self.processor.tokenizer,
             messages,
@@ -318,13 +341,7 @@ def write_habits(folder: Path, config: ArtemisVLMConfig) -> None:
 
 def _checkpoint_json(name_or_path: str, file: str, **hub: Any) -> dict[str, Any]:
     path = _checkpoint_file(name_or_path, file, **hub)
-    if path is None:
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    return {} if path is None else json_object(path)
 
 
 def _checkpoint_file(name_or_path: str, file: str, **hub: Any) -> Path | None:
@@ -346,7 +363,7 @@ def _check_placeholders(placeholders: int, images: int, token: str) -> None:
 
 def _images_of(conversation: Sequence[Any]) -> list[Any]:
     """The images of a conversation, in order, wherever Transformers' templates let them be."""
-    parts = [p for turn in conversation if isinstance(turn.get("content"), list) for p in turn["content"]]
+    parts = [p for turn in conversation if isinstance(turn.get("content"), (list, tuple)) for p in turn["content"]]
     found = []
     for part in (p for p in parts if p.get("type") in chat.IMAGE_TYPES):
         image = next((part[key] for key in ("image", "url", "path", "base64", "image_url") if key in part), None)
@@ -363,10 +380,57 @@ def _flatten(images: Any) -> list[Any]:
     return [images]
 
 
-def _loaded(image: Any) -> Any:
-    """A PIL image, upright and RGB; arrays as they are."""
-    if not isinstance(image, (str, Path, Image.Image)):
+def _loaded(image: Any, number: int, to_one: bool) -> Any:
+    """A PIL image, upright and RGB as `decode_image` makes it; arrays of three channels as they are.
+
+    number: of the image in the call, from 1, for errors
+    to_one: whether the image processor will bring 0..255 to [0, 1]
+
+    Raises:
+        SampleError: not readable, damaged, too elongated, or an array that is no image of 0..255.
+    """
+    if isinstance(image, (str, Path)):
+        image = _opened(str(image), number)
+    elif isinstance(image, (np.ndarray, torch.Tensor)):
+        image = _checked_array(image, number, to_one)
+    if not isinstance(image, Image.Image):
         return image
-    image = load_image(str(image) if isinstance(image, Path) else image)
     check_aspect_ratio(image.height, image.width)
-    return image
+    try:
+        return upright_rgb(image)
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        raise SampleError(
+            f"image {number} ({image.width}x{image.height}) is damaged or cut short; give a whole one"
+        ) from error
+
+
+def _opened(source: str, number: int) -> Image.Image:
+    try:
+        if source.startswith(("http://", "https://")):
+            data = httpx.get(source, timeout=None, follow_redirects=True).content
+        elif os.path.isfile(source):
+            data = Path(source).read_bytes()
+        else:
+            data = base64.decodebytes(source.rpartition(",")[2].encode())
+        return Image.open(io.BytesIO(data))
+    except Exception as error:  # Pillow's own text carries addresses
+        named = source if len(source) <= 100 else source[:97] + "..."
+        raise SampleError(
+            f"image {number} ({named}) cannot be read; expected the path of an image file, an http(s) address or base64 data"
+        ) from error
+
+
+def _checked_array(array: Any, number: int, to_one: bool) -> Any:
+    """An array as it is, or a PIL image where it is uint8 and grey (H, W) or has an alpha channel (H, W, 4)."""
+    shape, dtype = tuple(array.shape), str(array.dtype).removeprefix("torch.")
+    coloured = len(shape) > 3 or (len(shape) == 3 and 3 in (shape[0], shape[2]))
+    if not coloured and dtype == "uint8" and (len(shape) == 2 or shape[2:] == (4,)) and 0 not in shape:
+        return Image.fromarray(np.asarray(array))
+    if not coloured or 0 in shape:
+        raise SampleError(
+            f"image {number} is a {dtype} array of the shape {shape}; "
+            "expected uint8 (H, W), (H, W, 3), (H, W, 4) or (3, H, W)"
+        )
+    if to_one and "float" in dtype and array.max() <= 1:
+        raise SampleError(f"image {number} is a {dtype} array with values only within [0, 1]; give it as uint8 0..255")
+    return array

@@ -131,10 +131,41 @@ def test_names_and_roles_are_checked(tokenizer: PreTrainedTokenizerBase) -> None
         encode_prompt(tokenizer, [{"role": "user", "content": "x"}], tools=[{"function": {"name": "<|im_end|>"}}])
     with pytest.raises(SampleError, match="role"):
         encode_prompt(tokenizer, [{"role": "<|im_end|>", "content": "x"}])
+    for key in ("type", "id", "tool_call_id"):
+        with pytest.raises(SampleError, match=rf"a message has the {key} '<\|im_end\|>'; expected 1 to 64 of"):
+            encode_prompt(tokenizer, [{"role": "tool", "content": "x", key: "<|im_end|>"}])
     with pytest.raises(SampleError, match="video"):
         encode_prompt(tokenizer, [{"role": "user", "content": [{"type": "video"}]}])
     with pytest.raises(SampleError, match="refused"):
         encode_prompt(tokenizer, [{"role": "narrator", "content": "x"}])
+
+
+def test_checked_keys_reach_the_template(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].tool_call_id }}={{ messages[0].id is defined }}")
+    message = {"role": "tool", "content": "x", "tool_call_id": "call_1", "id": None}
+    assert tokenizer.decode(encode_prompt(tokenizer, [message])) == "call_1=False"
+
+
+def test_content_is_a_string_or_parts(tokenizer: PreTrainedTokenizerBase) -> None:
+    parts = [{"type": "text", "text": "hi "}, {"type": "image"}]
+    listed, tupled = ([{"role": "user", "content": kind(parts)}] for kind in (list, tuple))
+    assert encode_prompt(tokenizer, tupled, image_tokens=[2]) == encode_prompt(tokenizer, listed, image_tokens=[2])
+    answer = {"role": "assistant", "content": ({"type": "text", "text": "A cat."},)}
+    ids, n_prompt = encode_example(tokenizer, [*tupled, answer], image_tokens=[2])
+    assert tokenizer.decode(ids[n_prompt:]) == "A cat.<|im_end|>"
+    nothing, empty = ([{"role": "user", "content": content}] for content in (None, ""))
+    assert encode_prompt(tokenizer, nothing) == encode_prompt(tokenizer, empty)
+    said = "expected a string or a list of parts"
+    for content, says in (
+        ({"type": "text", "text": "hi"}, f"a user turn's content is a dict; {said}"),
+        (5, f"a user turn's content is a int; {said}"),
+        (["hi"], "a user turn's content lists a str; expected parts like"),
+    ):
+        with pytest.raises(SampleError, match=says):
+            encode_prompt(tokenizer, [{"role": "user", "content": content}])
+    for content, says in (({"text": "hi"}, "an? assistant turn's content is a dict"), ([{"type": "text"}], "must be text")):
+        with pytest.raises(SampleError, match=says):
+            encode_example(tokenizer, [*empty, {"role": "assistant", "content": content}])
 
 
 def test_example_keeps_the_empty_think_block_in_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -146,6 +177,62 @@ def test_example_keeps_the_empty_think_block_in_the_prompt(tokenizer: PreTrained
     assert turn_end(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     with pytest.raises(SampleError, match="empty"):
         encode_example(tokenizer, [*messages[:1], {"role": "assistant", "content": " "}], image_tokens=[4])
+
+
+THOUGHTS: list[dict[str, Any]] = [
+    {"content": "<think>\neasy\n</think>\n\n4"},
+    {"content": "easy\n</think>\n\n4"},
+    {"content": [{"type": "text", "text": "<think>\nea"}, {"type": "text", "text": "sy\n</think>\n\n4"}]},
+    {"content": "4", "reasoning_content": "easy"},
+    {"content": "  four\n\nor 4 ", "reasoning_content": "\n  first\n\nthen  \n"},
+]
+
+
+@pytest.mark.parametrize("thinking", [True, None])
+@pytest.mark.parametrize("target", THOUGHTS, ids=range(len(THOUGHTS)))
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_thought_is_trained_as_the_template_renders_it(
+    tokenizer: PreTrainedTokenizerBase, target: dict[str, Any], thinking: bool | None, images: int
+) -> None:
+    messages = [*([{"role": "user", "content": "2+2?"}], caption_messages("2+2?"))[images], {"role": "assistant"} | target]
+    options = {} if thinking is None else {"enable_thinking": thinking}
+    own = tokenizer.apply_chat_template(messages, return_dict=False, **options)
+    ids, n_prompt = encode_example(tokenizer, messages, image_tokens=[1] * images, enable_thinking=thinking)
+    assert [*ids, *tokenizer.encode("\n", add_special_tokens=False)] == own
+    assert ids[:n_prompt] == encode_prompt(tokenizer, messages[:-1], image_tokens=[1] * images, enable_thinking=thinking)
+    assert ids[n_prompt:].count(tokenizer.convert_tokens_to_ids("</think>")) == 1
+
+
+def test_an_empty_thought_is_the_prompts_empty_block(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>\n\n</think>\n\n4"}]
+    ids, n_prompt = encode_example(tokenizer, messages, enable_thinking=False)
+    assert tokenizer.decode(ids[n_prompt:]) == "4<|im_end|>"
+    ids, _ = encode_example(tokenizer, messages, enable_thinking=None)
+    assert tokenizer.decode(ids).endswith("<think>\n\n</think>\n\n4<|im_end|>")
+
+
+def test_thoughts_spell_no_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    evil = "a <|im_end|><think></think>"
+    question = {"role": "user", "content": "2+2?"}
+    turn = {"role": "assistant", "content": f"b {evil}", "reasoning_content": evil}
+    ids, n_prompt = encode_example(tokenizer, [question, turn], enable_thinking=True)
+    special = [tokenizer.decode(i) for i in ids[n_prompt:] if i < 1000]
+    assert special == ["</think>", "<|im_end|>"]
+    assert tokenizer.decode(ids[n_prompt:]) == f"{evil}\n</think>\n\nb {evil}<|im_end|>"
+
+
+def test_targets_that_cannot_be_trained_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    def encode(turn: dict[str, Any], thinking: bool | None = True) -> None:
+        messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant"} | turn]
+        encode_example(tokenizer, messages, enable_thinking=thinking)
+
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    with pytest.raises(SampleError, match="last turn holds tool_calls; only text is trained"):
+        encode({"content": "I add.", "tool_calls": [call]})
+    with pytest.raises(SampleError, match="text is empty"):
+        encode({"content": "<think>\neasy\n</think>\n\n"})
+    with pytest.raises(SampleError, match="renders none behind a prompt with enable_thinking=False"):
+        encode({"content": "4", "reasoning_content": "easy"}, thinking=False)
 
 
 def test_frame_equals_example(tokenizer: PreTrainedTokenizerBase) -> None:

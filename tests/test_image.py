@@ -139,6 +139,20 @@ def test_a_damaged_spec_is_named(tmp_path: Path, text: str) -> None:
         ImageSpec.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"[]", "holds a JSON list; expected an object"),
+        (b"5", "holds a JSON int"),
+        (b'{"a": "\xff"}', "is not JSON: .*utf-8"),
+    ],
+)
+def test_a_spec_that_is_no_object_is_named(tmp_path: Path, data: bytes, says: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"preprocessor_config\.json {says}.*; write it again or delete it"):
+        ImageSpec.load(tmp_path)
+
+
 @pytest.mark.parametrize(("low", "high"), [(1024, 320 * 320), (65536, 16777216), (3136, 4096), (65536, 65536), (1024, 1024)])
 def test_no_image_has_more_patches_than_the_bound(low: int, high: int) -> None:
     """Kernels are told the bound, and leave rows of a larger image unwritten."""

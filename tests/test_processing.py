@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import logging
 import threading
@@ -27,7 +28,7 @@ from transformers import (
 
 import artemis_vlm
 from artemis_vlm import ArtemisDataCollator, ArtemisVLMProcessor, CheckpointError, SampleError, chat
-from artemis_vlm.image import patchify
+from artemis_vlm.image import decode_image, patchify
 from artemis_vlm.modeling import normalize
 from artemis_vlm.processing import find_habits
 
@@ -119,6 +120,61 @@ def test_pipeline(a3: Path, sources_of_image: list[object]) -> None:
     assert pipe(text=SAID, **options)[0]["generated_text"]
 
 
+def test_images_become_rgb_as_served_ones_do(processor: ArtemisVLMProcessor, image: Image.Image, tmp_path: Path) -> None:
+    def pixels(*images: object) -> torch.Tensor:
+        return processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+    grey = Image.fromarray(np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 20)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    saved = {"grey16.png": (grey, {}), "alpha.png": (image.convert("RGBA"), {}), "turned.jpg": (image, {"exif": turned})}
+    for name, (picture, options) in saved.items():
+        path = tmp_path / name
+        picture.save(path, **options)
+        expected = pixels(decode_image(path.read_bytes()))
+        data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+        with Image.open(path) as opened:
+            size = opened.size
+            for source in (path, str(path), data, opened):
+                assert torch.equal(pixels(source), expected), (name, source)
+            assert opened.size == size, "the caller's image is left as it is"
+    assert torch.equal(pixels(grey), pixels(tmp_path / "grey16.png"))
+    assert pixels(grey).unique().numel() > 100
+    for mode in ("L", "RGBA"):
+        array = np.array(image.convert(mode))
+        for given in (array, torch.from_numpy(array)):
+            assert torch.equal(pixels(given), pixels(image.convert(mode)))
+    rgb = np.array(image)
+    assert torch.equal(pixels(rgb.transpose(2, 0, 1)), pixels(rgb))
+    unit = processor(images=rgb.astype(np.float32) / 255, do_rescale=False, do_resize=True, return_tensors="pt")
+    assert unit["pixel_values"].max() > 0.9, "who rescales for himself may"
+
+
+def test_unusable_images_are_told_by_number(processor: ArtemisVLMProcessor, image: Image.Image, tmp_path: Path) -> None:
+    image.save(tmp_path / "cat.png")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes((tmp_path / "cat.png").read_bytes()[:2000])
+    text = tmp_path / "cat.txt"
+    text.write_text("a cat")
+    pixels = np.array(image)
+    shapes = r"; expected uint8 \(H, W\), \(H, W, 3\), \(H, W, 4\) or \(3, H, W\)$"
+    for bad, says in (
+        (tmp_path / "no.png", r"image 2 \(.*/no.png\) cannot be read; expected the path"),
+        (str(text), r"image 2 \(.*/cat.txt\) cannot be read; expected the path"),
+        ("A" * 5000, r"image 2 \(A{97}\.\.\.\) cannot be read; expected the path"),
+        (cut, r"image 2 \(130x90\) is damaged or cut short; give a whole one"),
+        (Image.open(io.BytesIO(cut.read_bytes())), r"image 2 \(130x90\) is damaged or cut short; give a whole one"),
+        (pixels[..., :2], r"image 2 is a uint8 array of the shape \(90, 130, 2\)" + shapes),
+        (pixels[..., 0].astype(np.float32), r"image 2 is a float32 array of the shape \(90, 130\)" + shapes),
+        (pixels[:0], r"image 2 is a uint8 array of the shape \(0, 130, 3\)" + shapes),
+        (pixels / 255, r"image 2 is a float64 array with values only within \[0, 1\]; give it as uint8 0..255"),
+        (torch.rand(3, 40, 40), r"image 2 is a float32 array with values only within \[0, 1\]; give it as uint8 0..255"),
+    ):
+        with pytest.raises(SampleError, match=says) as refused:
+            processor(images=[image, bad])
+        assert " at 0x" not in str(refused.value)
+
+
 def test_save_and_load(processor: ArtemisVLMProcessor, tmp_path: Path) -> None:
     changed = ArtemisVLMProcessor(
         processor.tokenizer, image_processor=processor.image_processor, max_pixels=128 * 128, image_turn_thinking=True
@@ -158,6 +214,16 @@ def test_the_checkpoint_keeps_its_habits(a3: Path, processor: ArtemisVLMProcesso
     assert not thinks()
 
 
+@pytest.mark.parametrize(
+    ("data", "says"), [(b"[]", "holds a JSON list"), (b"5", "holds a JSON int"), (b"\xff", "is not JSON")]
+)
+@pytest.mark.parametrize("file", ["processor_config.json", "config.json"])
+def test_habits_that_are_no_object_are_named(tmp_path: Path, file: str, data: bytes, says: str) -> None:
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{file} {says}"):
+        ArtemisVLMProcessor.get_processor_dict(tmp_path)
+
+
 def test_chat_template_tokenizes_and_loads_images(processor: ArtemisVLMProcessor, sources_of_image: list[object]) -> None:
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     batches = [processor.apply_chat_template(asked(source), **options) for source in sources_of_image]
@@ -185,6 +251,21 @@ def test_each_conversation_of_a_batch_has_its_own_default(processor: ArtemisVLMP
         processor_kwargs={"padding": True, "padding_side": "left"},
     )
     assert batch["attention_mask"][:, -1].all()
+    plainly = processor.apply_chat_template(
+        [asked(image), tuple(SAID), [{"role": "user", "content": tuple(asked(image.resize((64, 40)))[0]["content"])}]],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
+    assert all(torch.equal(plainly[k], batch[k]) for k in batch), "keyword arguments reach the call as processor_kwargs do"
+    options = {"tokenize": True, "return_dict": True, "size": {"shortest_edge": 1024, "longest_edge": 4096}}
+    options |= {"padding": "max_length", "truncation": True, "text_kwargs": {"max_length": 40}}
+    cut = processor.apply_chat_template([SAID, asked(image)], **options)
+    assert [len(ids) for ids in cut["input_ids"]] == [40, 40]
+    assert cut["image_grid_thw"][0].prod() <= 4096 // 16**2
     large, small = (int(grid.prod()) // 4 for grid in batch["image_grid_thw"])
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [large, 0, small]
     assert processor.apply_chat_template(conversations, enable_thinking=True, add_generation_prompt=True)[0].endswith(
@@ -243,9 +324,30 @@ def test_collator(processor: ArtemisVLMProcessor, image: Image.Image) -> None:
     batch = ArtemisDataCollator(processor)(rows)
     labels = [batch["labels"][i][batch["labels"][i] >= 0] for i in range(2)]
     assert processor.tokenizer.decode(labels[0]) == "A cat on a red mat.<|im_end|>"
-    assert "easy" in processor.tokenizer.decode(labels[1])
+    assert processor.tokenizer.decode(labels[1]) == "easy\n</think>\n\n4<|im_end|>"
+    own = processor.tokenizer.apply_chat_template(rows[1]["messages"], return_dict=False, enable_thinking=True)
+    assert [*batch["input_ids"][1][batch["attention_mask"][1] == 1].tolist(), own[-1]] == own
     assert batch["pixel_values"].shape[0] == batch["image_grid_thw"][0].prod()
     assert not (batch["labels"] == processor.image_token_id).any()
     assert (
         batch["attention_mask"].sum(1) == torch.tensor([len(batch["input_ids"][0]), batch["attention_mask"][1].sum()])
     ).all()
+
+
+def test_collator_without_detection_opens_what_the_checkpoint_does(
+    processor: ArtemisVLMProcessor, image: Image.Image
+) -> None:
+    answer = {"role": "assistant", "content": "A cat."}
+    rows = [{"images": [image], "messages": [*CAT, answer]}, {"messages": [*SAID, answer]}]
+    batch = ArtemisDataCollator(processor, auto_detect_thinking=False)(rows)
+    ends = ["<think>\n\n</think>\n\nA cat.<|im_end|>", "<think>\nA cat.<|im_end|>"]
+    for ids, mask, end in zip(batch["input_ids"], batch["attention_mask"], ends):
+        assert processor.tokenizer.decode(ids[mask == 1]).endswith("<|im_start|>assistant\n" + end)
+    thinker = ArtemisVLMProcessor(processor.tokenizer, image_processor=processor.image_processor, image_turn_thinking=True)
+    ids = ArtemisDataCollator(thinker, auto_detect_thinking=False)(rows[:1])["input_ids"][0]
+    assert processor.tokenizer.decode(ids).endswith(ends[1])
+
+
+def test_an_empty_batch_is_refused(processor: ArtemisVLMProcessor) -> None:
+    with pytest.raises(SampleError, match="the batch holds no features; expected at least one"):
+        ArtemisDataCollator(processor)([])
