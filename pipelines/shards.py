@@ -100,7 +100,8 @@ def list_files(uri: str) -> list[str]:
     try:
         return _list_files(uri)
     except Exception as error:  # each store has its own errors
-        raise RunError(f"the data {uri} cannot be listed: {str(error) or repr(error)}") from error
+        here = "no such folder is here, and on the hub: " if is_hub_id(uri) else ""
+        raise RunError(f"the data {uri} cannot be listed: {here}{str(error) or repr(error)}") from error
 
 
 def _list_files(uri: str) -> list[str]:

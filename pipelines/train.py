@@ -35,7 +35,7 @@ from pipelines.align import Alignment
 from pipelines.checkpoint import CheckpointStore
 from pipelines.desk import Desk, claim, earlier_run
 from pipelines.feed import HeldOut, RayFeed, find_feeder, start_feeder
-from pipelines.inputs import Data, find_data, find_parts
+from pipelines.inputs import Data, anchored, find_data, find_parts
 from pipelines.placement import data_selector, placement, with_workers
 from pipelines.recipe import TrainConfig
 from pipelines.report import CAPTIONS_FILE, METRICS_FILE
@@ -71,6 +71,7 @@ def fit(config: TrainConfig) -> Path:
         ArtemisError: before any work, if the configuration, the inputs, the output or the cluster do not fit; later,
             if the run must stop.
     """
+    config = anchored(config)
     parts = find_parts(config)
     output = RunFolder(config.output)
     data = find_data(config, earlier_run(output, config))

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ import torch
 from models import random_example
 from samples import sample, write_tar
 
-from artemis_vlm import RunError
+from artemis_vlm import RunError, graft
 from demo import assets
-from pipelines import align, data
+from pipelines import align, data, train
 from pipelines.checkpoint import Checkpoint, CheckpointStore
 from pipelines.data import Candidate, Counts, DataEnded, Position
 from pipelines.desk import check_owner, claim, earlier_run
-from pipelines.inputs import Data, find_data
+from pipelines.inputs import Data, anchored, find_data
 from pipelines.recipe import TrainConfig
 from pipelines.shards import Shard, check_same_data, identity, open_rows
 from pipelines.storage import RunFolder
@@ -233,6 +234,33 @@ def test_a_run_continues_on_its_data_alone_wherever_it_lies(shards: Path, tmp_pa
         claimed(bare.config(tmp_path / "run", moved))
     with pytest.raises(RunError, match=r"holds another run \(seed was 0, now 3\)"):
         claimed(bare.config(tmp_path / "run", shards, seed=3))
+
+
+def test_a_run_is_given_to_its_ranks_with_absolute_places(
+    sources: graft.Sources, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train changes the folder that they work in."""
+    given: list[TrainConfig] = []
+
+    def with_workers(config: TrainConfig) -> TrainConfig:
+        given.append(config)
+        raise RunError("far enough")
+
+    monkeypatch.setattr(train.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(train, "with_workers", with_workers)
+    monkeypatch.chdir(tmp_path)
+    for name, place in (("tower", sources.tower), ("decoder", sources.decoder), ("data", shards)):
+        (tmp_path / name).symlink_to(place)
+    places = {"tower": "tower", "decoder": "./decoder", "eval_data": f"file://{shards}"}
+    with pytest.raises(RunError, match="far enough"):
+        train.fit(bare.config(Path("runs/new"), "data/*.tar", **places))
+    (config,) = given
+    assert (config.tower, config.decoder) == (f"{tmp_path}/tower", f"{tmp_path}/decoder")
+    assert (config.data, config.eval_data, config.output) == (f"{tmp_path}/data/*.tar", str(shards), f"{tmp_path}/runs/new")
+
+    elsewhere = {"tower": "Qwen/Qwen3-VL-2B-Instruct", "decoder": "hf://org/name", "data": "org/data", "eval_data": ""}
+    config = replace(config, **elsewhere, output="s3://runs/a")
+    assert anchored(config) == config
 
 
 def test_hub_data_of_another_commit_is_refused() -> None:
