@@ -208,10 +208,11 @@ class Desk:
     def _write_captions(self, when: str) -> list[dict[str, str]]:
         """Captions of the shown held-out images, kept from before training for the report after it."""
         shown = self.shown()
-        if when == "before" or not self.folder.pull(CAPTIONS_FILE):
-            rows = [{"uid": e.uid, "truth": _decode(self.parts.tokenizer, e.input_ids[e.n_prompt :])} for e in shown]
-        else:
-            rows = json.loads((self.folder.path / CAPTIONS_FILE).read_text())
+        rows = [{"uid": e.uid, "truth": _decode(self.parts.tokenizer, e.input_ids[e.n_prompt :])} for e in shown]
+        if when == "after":  # of other samples, if the run was continued with another number of them
+            kept = json.loads((self.folder.path / CAPTIONS_FILE).read_text()) if self.folder.pull(CAPTIONS_FILE) else []
+            before = {row["uid"]: row.get("before", "") for row in kept}
+            rows = [row | {"before": before.get(row["uid"], "")} for row in rows]
         with self.alignment.packed.original_weights():
             texts = caption(self.alignment.model, self.parts.tokenizer, shown, self.parts.spec)
         for row, text in zip(rows, texts):
