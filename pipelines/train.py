@@ -128,6 +128,7 @@ class Board:
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []
         self._stopping = asyncio.Event()
+        self._begun = False
         self._starts: dict[int, int] = {}
         self._failure = "a worker died"
 
@@ -138,8 +139,10 @@ class Board:
         records, self._records = self._records, []
         return records
 
-    async def stop(self) -> None:
+    async def stop(self) -> bool:
+        """Wishes the run to stop; whether any rank has begun, and so will."""
         self._stopping.set()
+        return self._begun
 
     async def stopping(self) -> None:
         """Returns when the run is to stop."""
@@ -147,6 +150,7 @@ class Board:
 
     async def begin(self, rank: int) -> tuple[int, str]:
         """How often the rank has begun since the last checkpoint, and how its last attempt ended."""
+        self._begun = True
         self._starts[rank] = self._starts.get(rank, 0) + 1
         failure, self._failure = self._failure, "a worker died"
         return self._starts[rank], failure
@@ -200,15 +204,21 @@ def progress_line(records: Sequence[dict[str, Any]], config: TrainConfig) -> str
 
 @contextmanager
 def _stop_on_sigterm(board: Any) -> Iterator[None]:
-    """`ray job stop` and pre-emption send SIGTERM: the ranks abandon the step they are in, and save."""
+    """`ray job stop` and pre-emption send SIGTERM: the ranks abandon the step they are in, and save.
+
+    Before there are any, the driver ends: Ray may be waiting for their CPUs, for ever.
+    """
 
     def ask(*_: Any) -> None:
+        if not ray.get(board.stop.remote()):
+            raise KeyboardInterrupt  # all that interrupts `ray.get`
         print("SIGTERM: saving a checkpoint, then stopping", flush=True)
-        board.stop.remote()
 
     before = signal.signal(signal.SIGTERM, ask)
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise RunError("stopped before any worker had begun; the same command starts the run") from error
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import itertools
 import json
@@ -9,11 +10,13 @@ import logging
 import os
 import random
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bare
@@ -286,6 +289,37 @@ def test_a_checkpoint_of_other_weights_is_refused() -> None:
     start("one").restore(checkpoint)
     with pytest.raises(RunError, match=r"step_00000000 is of another run \(frozen_weights was 'one', now 'two'\)"):
         start("two").restore(checkpoint)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_sigterm_ends_a_run_that_no_worker_has_begun(
+    begun: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Remote:
+        """Ray's actor, in this process."""
+
+        def __init__(self) -> None:
+            self.board = train.Board.__ray_metadata__.modified_class()  # type: ignore[attr-defined]
+
+        def __getattr__(self, name: str) -> Any:
+            return SimpleNamespace(remote=getattr(self.board, name))
+
+    monkeypatch.setattr(train.ray, "get", asyncio.run)
+    board = Remote()
+    if begun:
+        asyncio.run(board.board.begin(0))
+        asyncio.run(board.board.saved())
+    says = "far enough" if begun else "stopped before any worker had begun; the same command starts the run"
+
+    def run() -> None:
+        with train._stop_on_sigterm(board):
+            signal.raise_signal(signal.SIGTERM)
+            raise RunError("far enough")
+
+    with pytest.raises(RunError, match=says):
+        run()
+    asyncio.run(asyncio.wait_for(board.board.stopping(), 1))
+    assert ("saving a checkpoint" in capsys.readouterr().out) == begun
 
 
 def test_a_run_that_was_taken_over_stops_writing(shards: Path, tmp_path: Path) -> None:
