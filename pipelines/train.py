@@ -11,7 +11,7 @@ import signal
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from pipelines.align import Alignment
 from pipelines.checkpoint import CheckpointStore
 from pipelines.desk import Desk, claim, earlier_run
 from pipelines.feed import HeldOut, RayFeed, find_feeder, start_feeder
-from pipelines.inputs import Data, anchored, find_data, find_parts
+from pipelines.inputs import Data, Parts, anchored, find_data, find_parts
 from pipelines.placement import data_selector, placement, with_workers
 from pipelines.recipe import TrainConfig
 from pipelines.report import CAPTIONS_FILE, METRICS_FILE
@@ -75,6 +75,7 @@ def fit(config: TrainConfig) -> Path:
     parts = find_parts(config)
     output = RunFolder(config.output)
     data = find_data(config, earlier_run(output, config))
+    check_continues(config, parts, data)
     if not ray.is_initialized():
         ray.init(log_to_driver=True)
     config = with_workers(config)
@@ -106,6 +107,29 @@ def fit(config: TrainConfig) -> Path:
     for name in (METRICS_FILE, CAPTIONS_FILE, report.REPORT_FILE, report.CURVE_FILE):
         output.pull(name)
     return output.path
+
+
+def check_continues(config: TrainConfig, parts: Parts, data: Data) -> None:
+    """Refuses before it takes the output over what the ranks would refuse: a job that runs there goes on.
+
+    What `auto` computes in is left to the ranks: their CPUs may be others than this one.
+
+    Raises:
+        RunError: the newest checkpoint is of other weights, or computes in another dtype.
+    """
+    if newest := _store(config).newest():
+        identity = config.fingerprint() | _inputs(data, graft.manifest_of(parts.sources))
+        dtype = newest.state["dtype"] if config.dtype == "auto" else config.dtype
+        align.check_continues(newest, identity, dtype)
+
+
+def _inputs(data: Data, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run reads, by its content."""
+    return data.identity() | {"frozen_weights": graft.frozen_digest(manifest)}
+
+
+def _store(config: TrainConfig) -> CheckpointStore:
+    return CheckpointStore(f"{config.output.rstrip('/')}/checkpoints", config.keep)
 
 
 def _outcome(trainer: TorchTrainer) -> dict[str, Any]:
@@ -263,9 +287,8 @@ def _train(job: Job) -> dict[str, Any]:
     manifest = graft.manifest_of(parts.sources)
     graft.check_frozen(model, manifest)
 
-    identity = job.data.identity() | {"frozen_weights": graft.frozen_digest(manifest)}
-    alignment = Alignment(model, parts.spec, config, identity)
-    store = CheckpointStore(f"{config.output.rstrip('/')}/checkpoints", config.keep)
+    alignment = Alignment(model, parts.spec, config, _inputs(job.data, manifest))
+    store = _store(config)
     resume(alignment, store)
     feeder = _from_rank_zero(
         lambda: start_feeder(config, job.data.source, parts.encoder(config), alignment.state, world, data_selector(config))

@@ -32,7 +32,7 @@ from pipelines import align, data, train
 from pipelines.checkpoint import Checkpoint, CheckpointStore
 from pipelines.data import Candidate, Counts, DataEnded, Position
 from pipelines.desk import check_owner, claim, earlier_run
-from pipelines.inputs import Data, anchored, find_data
+from pipelines.inputs import Data, anchored, find_data, find_parts
 from pipelines.recipe import TrainConfig
 from pipelines.shards import Shard, check_same_data, identity, open_rows
 from pipelines.storage import RunFolder
@@ -239,18 +239,24 @@ def test_a_run_continues_on_its_data_alone_wherever_it_lies(shards: Path, tmp_pa
         claimed(bare.config(tmp_path / "run", shards, seed=3))
 
 
-def test_a_run_is_given_to_its_ranks_with_absolute_places(
-    sources: graft.Sources, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ray Train changes the folder that they work in."""
-    given: list[TrainConfig] = []
+def accepted(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+    """Configurations that `fit` has taken; it ends there, before it needs Ray."""
+    found: list[TrainConfig] = []
 
     def with_workers(config: TrainConfig) -> TrainConfig:
-        given.append(config)
+        found.append(config)
         raise RunError("far enough")
 
     monkeypatch.setattr(train.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(train, "with_workers", with_workers)
+    return found
+
+
+def test_a_run_is_given_to_its_ranks_with_absolute_places(
+    sources: graft.Sources, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train changes the folder that they work in."""
+    given = accepted(monkeypatch)
     monkeypatch.chdir(tmp_path)
     for name, place in (("tower", sources.tower), ("decoder", sources.decoder), ("data", shards)):
         (tmp_path / name).symlink_to(place)
@@ -264,6 +270,33 @@ def test_a_run_is_given_to_its_ranks_with_absolute_places(
     elsewhere = {"tower": "Qwen/Qwen3-VL-2B-Instruct", "decoder": "hf://org/name", "data": "org/data", "eval_data": ""}
     config = replace(config, **elsewhere, output="s3://runs/a")
     assert anchored(config) == config
+
+
+def test_what_a_checkpoint_does_not_fit_is_refused_before_it_takes_the_output_over(
+    sources: graft.Sources, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepted(monkeypatch)
+    config = bare.config(tmp_path / "run", shards, tower=str(sources.tower), decoder=str(sources.decoder))
+    parts, found = find_parts(config), find_data(config, None)
+    claim(RunFolder(config.output), config, parts, found, "running")
+    weights = graft.frozen_digest(graft.manifest_of(sources))
+    model = graft.load_frozen(sources, torch.float32)
+    ours = align.Alignment(model, parts.spec, config, found.identity() | {"frozen_weights": weights})
+    CheckpointStore(f"{config.output}/checkpoints").write(ours.checkpoint())
+
+    other = shutil.copytree(sources.decoder, tmp_path / "other")
+    file = sorted(other.glob("*.safetensors"))[0]
+    file.write_bytes(flipped(file.read_bytes(), -2))
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    for change, says in (
+        ({"dtype": "bfloat16"}, "computes in float32 since its start.* bfloat16; give --dtype float32"),
+        ({"decoder": str(other)}, "step_00000000 is of another run .frozen_weights was"),
+        ({}, "far enough"),
+        ({"dtype": "auto"}, "far enough"),
+    ):
+        with pytest.raises(RunError, match=says):
+            train.fit(replace(config, **change))
+        assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 
 def test_hub_data_of_another_commit_is_refused() -> None:
