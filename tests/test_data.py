@@ -425,7 +425,23 @@ def test_places(folder: Path, tmp_path: Path) -> None:
     assert [s.name for s in find_shards(f"{folder}/../{folder.name[:-1]}?/sa_00000[13].tar")] == [names[1], names[3]]
     write_shards(tmp_path / "deep" / "x", 1, 1)
     write_shards(tmp_path / "deep" / "xy", 1, 1)
-    assert [s.name for s in find_shards(str(tmp_path / "deep"))] == ["x/sa_000000.tar", "xy/sa_000000.tar"]
+    both = ["x/sa_000000.tar", "xy/sa_000000.tar"]
+    assert [s.name for s in find_shards(str(tmp_path / "deep"))] == both
+    assert [s.name for s in find_shards(str(tmp_path / "dee*"))] == both
+    assert [s.name for s in find_shards(str(tmp_path / "deep" / "x*"))] == both
+
+
+def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
+    for place in ("data/a", "data/m", "elsewhere/below"):
+        write_shards(tmp_path / place, 1, 1)
+    (tmp_path / "data" / "b").symlink_to("../elsewhere")
+    (tmp_path / "data" / "before").symlink_to("m")  # read already, by its own name
+    (tmp_path / "elsewhere" / "up").symlink_to("../data")
+    (tmp_path / "data" / "gone").symlink_to("nowhere")
+    (tmp_path / "linked").symlink_to("data")
+    expected = [f"{place}/sa_000000.tar" for place in ("a", "b/below", "m")]
+    for place in ("data", "linked", "[dl]*"):
+        assert [s.name for s in find_shards(str(tmp_path / place))] == expected
 
 
 def test_data_that_cannot_be_used_is_told_in_a_sentence(tmp_path: Path, encoder: Encoder) -> None:
