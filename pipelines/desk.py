@@ -30,6 +30,7 @@ from pipelines.inputs import Data, Parts
 from pipelines.machine import machine
 from pipelines.recipe import TrainConfig
 from pipelines.report import CAPTIONS_FILE, METRICS_FILE, MODEL_FOLDER
+from pipelines.shards import split_uid
 from pipelines.storage import RunFolder, write_whole
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class Desk:
     def record(self, record: Mapping[str, Any]) -> None:
         values = dict(record)
         for uid, reason in values.pop("quarantined_now", ()):
-            shard, _, key = uid.rpartition("/")
+            shard, key = split_uid(uid)
             row = {"step": record["step"], "shard": shard, "key": key, "reason": reason}
             self._quarantine.write(json.dumps(row) + "\n")
         self._metrics.write(json.dumps(values) + "\n")

@@ -36,6 +36,7 @@ TEXT_EXTENSIONS: Final = ("caption.txt", "txt")
 SHARD_SUFFIXES: Final = (".tar", ".parquet", ".arrow")
 TEXT_COLUMNS: Final = ("text", "caption")
 HUB_COMMIT: Final = re.compile(r"hf://datasets/[\w.-]+/[\w.-]+@(?P<commit>[0-9a-f]{40})/")
+_UID: Final = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, SHARD_SUFFIXES))}))/(.*)", re.DOTALL)
 #: Rows of a Parquet file in one batch.
 PARQUET_ROWS: Final = 64
 
@@ -187,6 +188,12 @@ def local_copy(shard: Shard) -> Iterator[tuple[Path, str | None]]:
         except FileNotFoundError as error:
             raise RunError(gone) from error
         yield target, repr(found) if pinned or found[1] else ""
+
+
+def split_uid(uid: str) -> tuple[str, str]:
+    """A sample's shard and its key there; either may have folders."""
+    found = _UID.fullmatch(uid)
+    return (found[1], found[2]) if found else ("", uid)
 
 
 # --- what is in a shard ----------------------------------------------------------------------------------------------

@@ -142,11 +142,13 @@ def test_a_run_ends_with_the_card_of_what_it_recorded(
     desk = Desk(
         config, parts, alignment, store, lambda: of_desk, owner="me", on_saved=lambda: None, on_error=lambda: None
     )  # fmt: skip
-    desk.record({"step": 0, "eval_loss": 2.5})
+    desk.record({"step": 0, "eval_loss": 2.5, "quarantined_now": [["a/b.tar/./train/0007", "the caption is empty"]]})
     desk.record({"step": 3, "loss": 2.0, "samples_per_s": 4.0, "used": 6, "quarantined": 0, "eval_loss": 1.25})
     of_desk = shown[1:]  # the run was continued with other --captions
     desk.finish()
     desk.close()
+    row = json.loads((output.path / "quarantine.jsonl").read_text())
+    assert (row["shard"], row["key"]) == ("a/b.tar", "./train/0007")
     captions = json.loads((output.path / "captions.json").read_text())
     seen = [f"I see {e.uid}" for e in shown]
     assert [(row["before"], row["after"]) for row in captions] == [(seen[1], seen[1]), ("", seen[2])]

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from artemis_vlm import RunError
 from pipelines import data, storage
 from pipelines.data import Candidate, Counts, Encoder, Position, Source
-from pipelines.shards import RawSample, Rows, Shard, find_shards, open_rows
+from pipelines.shards import RawSample, Rows, Shard, find_shards, open_rows, split_uid
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +274,12 @@ def test_every_kind_of_tar_gives_the_same_samples(tmp_path: Path, kind: int) -> 
         raw = found.pop(f"a.tar/top/{'long' * 20}/{'name' * 15}/{n:05d}")
         assert (raw.image, raw.text.decode(), raw.error) == (sample(n)[1]["jpg"], sample(n)[1]["txt"], "")
     assert not found
+
+
+@pytest.mark.parametrize("shard", ["sa_000000.tar", "x/b.c.parquet", "deep/er/data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("key", ["0007", "./train/0007", "of a.tar/0007", "(bytes 0 to 6000)", "two\nlines"])
+def test_a_uid_is_cut_after_its_shard(shard: str, key: str) -> None:
+    assert split_uid(f"{shard}/{key}") == (shard, key)
 
 
 def test_names_that_are_no_utf8_become_text(tmp_path: Path, encoder: Encoder) -> None:
