@@ -244,6 +244,19 @@ def test_no_content_of_a_tar_is_passed_over_in_silence(tmp_path: Path) -> None:
     assert "not whole: found jpg, png, txt" in tar_rows(path, two)["a"]
 
 
+@pytest.mark.parametrize("record", [20, 256, 512, 2048])
+def test_a_last_record_is_filled_up_with_zeros(tmp_path: Path, record: int) -> None:
+    """`tar -b`, in blocks of 512 bytes."""
+    path = tmp_path / "a.tar"
+    whole = write_tar(path, map(sample, range(4))).read_bytes().rstrip(b"\0")
+    whole += bytes(-len(whole) % 512 + 1024)
+    filled = whole + bytes(-len(whole) % (512 * record))
+    assert set(tar_rows(path, filled).values()) == {""}
+    assert not any("damaged" in error for error in tar_rows(path, filled + filled).values())
+    cut = tar_rows(path, filled[:-512])
+    assert any("damaged" in error for error in cut.values()) == (record > 128), "many zeros, and no record's end"
+
+
 @pytest.mark.parametrize("size", [-512, -1024, 2**62])
 def test_a_hostile_header_is_damage(tmp_path: Path, size: int) -> None:
     """A negative size once sent `tarfile` round in circles."""
@@ -266,6 +279,8 @@ def test_every_kind_of_tar_gives_the_same_samples(tmp_path: Path, kind: int) -> 
             assert content is not None
             (folder / member.name).write_bytes(content.read())
     (folder / "00001.json").symlink_to("00001.txt")
+    if kind != tarfile.USTAR_FORMAT:  # which has no room for so long a target
+        (folder / "00000.json").symlink_to("../" * 60 + "00000.txt")
     with tarfile.open(tmp_path / "a.tar", "w", format=kind) as archive:
         archive.add(tmp_path, arcname="top", filter=lambda m: None if m.name.endswith(".tar") else m)
     with open_rows(Shard("a.tar", str(tmp_path / "a.tar"))) as rows:
