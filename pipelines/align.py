@@ -324,13 +324,7 @@ class Alignment:
         Raises:
             RunError: it is of another run, of other inputs, or began in another dtype than this model is held in.
         """
-        if found := differences(checkpoint.state["run"], self.identity):
-            raise RunError(f"the checkpoint {checkpoint.name} is of another run ({found}); give what it began with")
-        if checkpoint.state["dtype"] != self.dtype:
-            raise RunError(
-                f"the run computes in {checkpoint.state['dtype']} since its start, this machine would go on in "
-                f"{self.dtype}; give --dtype {checkpoint.state['dtype']}"
-            )
+        check_continues(checkpoint, self.identity, self.dtype)
         self.model.multi_modal_projector.load_state_dict(checkpoint.tensors["projector"])
         for name, parameter in self.model.multi_modal_projector.named_parameters():
             prefix = f"{name}."
@@ -354,6 +348,17 @@ def _made_up_example(spec: ImageSpec, image_token_id: int, max_tokens: int) -> E
     ids = np.array([image_token_id] * n_image + [1] * n_text, np.int32)
     patches = np.random.default_rng(0).integers(0, 256, (side * side, spec.patch_bytes), dtype=np.uint8)
     return Example("made-up", ids, len(ids) - max(1, n_text // 2), patches, (side, side))
+
+
+def check_continues(checkpoint: Checkpoint, identity: Mapping[str, Any], dtype: str) -> None:
+    """Raises RunError if the checkpoint is of another run, of other inputs, or of a run that computes in another dtype."""
+    if found := differences(checkpoint.state["run"], identity):
+        raise RunError(f"the checkpoint {checkpoint.name} is of another run ({found}); give what it began with")
+    if checkpoint.state["dtype"] != dtype:
+        raise RunError(
+            f"the run computes in {checkpoint.state['dtype']} since its start, this machine would go on in "
+            f"{dtype}; give --dtype {checkpoint.state['dtype']}"
+        )
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from pipelines.inputs import Data, Parts
 from pipelines.machine import machine
 from pipelines.recipe import TrainConfig
 from pipelines.report import CAPTIONS_FILE, METRICS_FILE, MODEL_FOLDER
+from pipelines.shards import split_uid
 from pipelines.storage import RunFolder, write_whole
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class Desk:
     def record(self, record: Mapping[str, Any]) -> None:
         values = dict(record)
         for uid, reason in values.pop("quarantined_now", ()):
-            shard, _, key = uid.rpartition("/")
+            shard, key = split_uid(uid)
             row = {"step": record["step"], "shard": shard, "key": key, "reason": reason}
             self._quarantine.write(json.dumps(row) + "\n")
         self._metrics.write(json.dumps(values) + "\n")
@@ -208,10 +209,11 @@ class Desk:
     def _write_captions(self, when: str) -> list[dict[str, str]]:
         """Captions of the shown held-out images, kept from before training for the report after it."""
         shown = self.shown()
-        if when == "before" or not self.folder.pull(CAPTIONS_FILE):
-            rows = [{"uid": e.uid, "truth": _decode(self.parts.tokenizer, e.input_ids[e.n_prompt :])} for e in shown]
-        else:
-            rows = json.loads((self.folder.path / CAPTIONS_FILE).read_text())
+        rows = [{"uid": e.uid, "truth": _decode(self.parts.tokenizer, e.input_ids[e.n_prompt :])} for e in shown]
+        if when == "after":  # of other samples, if the run was continued with another number of them
+            kept = json.loads((self.folder.path / CAPTIONS_FILE).read_text()) if self.folder.pull(CAPTIONS_FILE) else []
+            before = {row["uid"]: row.get("before", "") for row in kept}
+            rows = [row | {"before": before.get(row["uid"], "")} for row in rows]
         with self.alignment.packed.original_weights():
             texts = caption(self.alignment.model, self.parts.tokenizer, shown, self.parts.spec)
         for row, text in zip(rows, texts):

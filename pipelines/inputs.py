@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ from artemis_vlm.image import ImageSpec
 from pipelines.data import Encoder, Source, find_source
 from pipelines.recipe import TrainConfig
 from pipelines.shards import Shard, check_same_data, find_shards, identity
-from pipelines.storage import fetch_model
+from pipelines.storage import fetch_model, is_hub_id, is_remote, local_path
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,14 @@ class Parts:
 
     def encoder(self, config: TrainConfig) -> Encoder:
         return Encoder(self.spec, self.tokenizer, self.frame, config.max_tokens)
+
+
+def anchored(config: TrainConfig) -> TrainConfig:
+    """The configuration with its local places absolute: Ray Train gives every rank a folder of its own to work in."""
+    reads = [name for name in ("tower", "decoder", "data", "eval_data") if not is_hub_id(getattr(config, name))]
+    given = {name: place for name in (*reads, "output") if (place := getattr(config, name)) and not is_remote(place)}
+    places: dict[str, Any] = {name: str(local_path(place)) for name, place in given.items()}
+    return replace(config, **places)
 
 
 def find_parts(config: TrainConfig) -> Parts:

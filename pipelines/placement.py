@@ -41,9 +41,13 @@ def placement(config: TrainConfig) -> ScalingConfig:
         RunError: no node may train. Ray itself would wait for ever.
     """
     nodes = _nodes(config)
-    gpus = sum(n["Resources"].get("GPU", 0) for n in nodes)
-    if 0 < gpus < config.workers:
-        raise RunError(f"{config.workers} workers need as many GPUs; the nodes that may train have {gpus:g}")
+    gpus, cpus = (sum(n["Resources"].get(kind, 0) for n in nodes) for kind in ("GPU", "CPU"))
+    for kind, found in (("GPU", gpus or config.workers), ("CPU", cpus)):
+        if found < config.workers:
+            raise RunError(
+                f"{config.workers} workers need as many {kind}s; the nodes that may train have {found:g}: give fewer "
+                "--workers, or start more nodes"
+            )
     resources: dict[str, float] = {"CPU": 1}
     key, _, value = config.worker_label.partition("=")
     if value and any(value in n["Resources"] for n in nodes):

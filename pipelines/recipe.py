@@ -15,6 +15,12 @@ from artemis_vlm.linear import PRECISIONS
 #: Where eval loss is taken when `eval_every` is 0, and what the report shows, as shares of all steps.
 EVAL_SHARES: Final = (0.0, 0.05, 0.20, 0.50, 0.75, 0.90, 1.0)
 
+#: Fields in which 0 means none, or what suits the run.
+AT_LEAST_ZERO: Final = (
+    "max_steps", "weight_decay", "clip_norm", "eval_every", "save_every", "captions", "max_bad_share",
+    "threads", "decode_workers",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -89,9 +95,14 @@ class TrainConfig:
     """Processes that decode images; 0: from the cluster's CPUs."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_size", "keep", "max_tokens"):
+        for name in ("samples", "batch_size", "keep", "max_tokens", "min_pixels", "max_pixels"):
             if getattr(self, name) < 1:
                 raise RunError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in AT_LEAST_ZERO:
+            if not 0 <= getattr(self, name) < math.inf:  # nor is it NaN
+                raise RunError(f"{name} is {getattr(self, name)}; expected a finite number of at least 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise RunError(f"learning_rate is {self.learning_rate}; expected a finite number above 0")
         if self.workers < 0:
             raise RunError(f"workers is {self.workers}; expected at least 1, or 0 for what suits the cluster")
         if self.micro_tokens < 0:

@@ -9,10 +9,11 @@ import glob
 import hashlib
 import io
 import logging
+import os
 import posixpath
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -35,6 +36,7 @@ TEXT_EXTENSIONS: Final = ("caption.txt", "txt")
 SHARD_SUFFIXES: Final = (".tar", ".parquet", ".arrow")
 TEXT_COLUMNS: Final = ("text", "caption")
 HUB_COMMIT: Final = re.compile(r"hf://datasets/[\w.-]+/[\w.-]+@(?P<commit>[0-9a-f]{40})/")
+_UID: Final = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, SHARD_SUFFIXES))}))/(.*)", re.DOTALL)
 #: Rows of a Parquet file in one batch.
 PARQUET_ROWS: Final = 64
 
@@ -100,7 +102,8 @@ def list_files(uri: str) -> list[str]:
     try:
         return _list_files(uri)
     except Exception as error:  # each store has its own errors
-        raise RunError(f"the data {uri} cannot be listed: {str(error) or repr(error)}") from error
+        here = "no such folder is here, and on the hub: " if is_hub_id(uri) else ""
+        raise RunError(f"the data {uri} cannot be listed: {here}{str(error) or repr(error)}") from error
 
 
 def _list_files(uri: str) -> list[str]:
@@ -111,8 +114,24 @@ def _list_files(uri: str) -> list[str]:
     path = local_path(uri)
     if is_hub_id(uri):
         return _hub_files(f"hf://datasets/{uri}")
-    found = path.rglob("*") if path.is_dir() else [path] if path.exists() else map(Path, glob.glob(str(path)))
-    return [str(p) for p in found if p.is_file()]
+    places = [str(path)] if path.exists() else sorted(glob.glob(str(path)))
+    return [place for place in places if os.path.isfile(place)] + list(_files_below(filter(os.path.isdir, places)))
+
+
+def _files_below(folders: Iterable[str]) -> Iterator[str]:
+    """Every file in the folders and below, behind links to folders too; of a folder that is met twice once."""
+    seen: set[str] = set()
+    left = list(folders)
+    for start in left:  # links come after all that lies below by itself, which keeps its own name
+        for folder, below, files in os.walk(start):
+            real = os.path.realpath(folder)
+            if real in seen:
+                below.clear()
+                continue
+            seen.add(real)
+            below.sort()
+            left += [path for name in below if os.path.islink(path := os.path.join(folder, name))]
+            yield from (path for name in files if os.path.isfile(path := os.path.join(folder, name)))
 
 
 def _remote_files(uri: str) -> list[str]:
@@ -169,6 +188,12 @@ def local_copy(shard: Shard) -> Iterator[tuple[Path, str | None]]:
         except FileNotFoundError as error:
             raise RunError(gone) from error
         yield target, repr(found) if pinned or found[1] else ""
+
+
+def split_uid(uid: str) -> tuple[str, str]:
+    """A sample's shard and its key there; either may have folders."""
+    found = _UID.fullmatch(uid)
+    return (found[1], found[2]) if found else ("", uid)
 
 
 # --- what is in a shard ----------------------------------------------------------------------------------------------

@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 
 #: Zeros that may end a tar. Writers fill up their last 10 KiB; far more is a file whose rest was never written.
 MAX_TAR_PADDING: Final = 1 << 16
+#: The largest of the records that a tar may be written in (`tar -b 2048`), the last of them filled up with zeros.
+MAX_TAR_RECORD: Final = 1 << 20
 #: Of what is remembered; another number, and what an older program left is passed over.
-FORMAT: Final = 1
+FORMAT: Final = 2
 #: Seconds after which a file that changes again has another mtime.
 SETTLED_S: Final = 2.0
 #: Fewer samples are found as fast as their index would be read.
@@ -84,19 +86,27 @@ def _members(file: io.BufferedReader, size: int, index: TarIndex) -> Iterator[tu
             damage, zeros = (damage, zeros + len(block)) if not any(block) else (damage + zeros + len(block), 0)
             at += len(block)
             continue
-        if damage or zeros > MAX_TAR_PADDING:
+        if damage or zeros > _most_padding(at):
             _damaged(index, at, damage + zeros)
         damage = zeros = 0
         short_name, length, kind = header
         at = start + -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if kind == tarfile.GNUTYPE_LONGLINK:  # where the next member points; its name may have come already
+            continue
         if kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
             name = _long_name(kind, read_at(file, start, length)) or name
             continue
         if kind in (tarfile.REGTYPE, tarfile.AREGTYPE):
             yield name or short_name, start, length
         name = ""
-    if damage or not 0 < zeros <= MAX_TAR_PADDING:
+    if damage or not 0 < zeros <= _most_padding(size):
         _damaged(index, min(at, size), damage + zeros)
+
+
+def _most_padding(end: int) -> int:
+    """Zeros that may lie before this place, where an archive ends: its end mark, and less than a record if it fills one."""
+    record = min(end & -end, MAX_TAR_RECORD)  # the largest power of two of which the place is a multiple
+    return max(MAX_TAR_PADDING, record + tarfile.BLOCKSIZE)
 
 
 def read_at(file: io.BufferedReader, offset: int, length: int) -> bytes:
@@ -127,7 +137,8 @@ def _header(block: bytes) -> tuple[str, int, bytes] | None:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
     except (tarfile.HeaderError, ValueError, OverflowError):  # a hostile number can raise any of them
         return None
-    if not (header.isreg() or header.type not in tarfile.SUPPORTED_TYPES or header.type == tarfile.GNUTYPE_LONGNAME):
+    long = header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+    if not (header.isreg() or long or header.type not in tarfile.SUPPORTED_TYPES):
         header.size = 0  # links and folders have no bytes, whatever they say
     return (header.name, header.size, header.type) if header.size >= 0 else None
 

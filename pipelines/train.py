@@ -11,7 +11,7 @@ import signal
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from pipelines.align import Alignment
 from pipelines.checkpoint import CheckpointStore
 from pipelines.desk import Desk, claim, earlier_run
 from pipelines.feed import HeldOut, RayFeed, find_feeder, start_feeder
-from pipelines.inputs import Data, find_data, find_parts
+from pipelines.inputs import Data, Parts, anchored, find_data, find_parts
 from pipelines.placement import data_selector, placement, with_workers
 from pipelines.recipe import TrainConfig
 from pipelines.report import CAPTIONS_FILE, METRICS_FILE
@@ -71,9 +71,11 @@ def fit(config: TrainConfig) -> Path:
         ArtemisError: before any work, if the configuration, the inputs, the output or the cluster do not fit; later,
             if the run must stop.
     """
+    config = anchored(config)
     parts = find_parts(config)
     output = RunFolder(config.output)
     data = find_data(config, earlier_run(output, config))
+    check_continues(config, parts, data)
     if not ray.is_initialized():
         ray.init(log_to_driver=True)
     config = with_workers(config)
@@ -107,6 +109,29 @@ def fit(config: TrainConfig) -> Path:
     return output.path
 
 
+def check_continues(config: TrainConfig, parts: Parts, data: Data) -> None:
+    """Refuses before it takes the output over what the ranks would refuse: a job that runs there goes on.
+
+    What `auto` computes in is left to the ranks: their CPUs may be others than this one.
+
+    Raises:
+        RunError: the newest checkpoint is of other weights, or computes in another dtype.
+    """
+    if newest := _store(config).newest():
+        identity = config.fingerprint() | _inputs(data, graft.manifest_of(parts.sources))
+        dtype = newest.state["dtype"] if config.dtype == "auto" else config.dtype
+        align.check_continues(newest, identity, dtype)
+
+
+def _inputs(data: Data, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run reads, by its content."""
+    return data.identity() | {"frozen_weights": graft.frozen_digest(manifest)}
+
+
+def _store(config: TrainConfig) -> CheckpointStore:
+    return CheckpointStore(f"{config.output.rstrip('/')}/checkpoints", config.keep)
+
+
 def _outcome(trainer: TorchTrainer) -> dict[str, Any]:
     try:
         return trainer.fit().return_value or {}
@@ -127,6 +152,7 @@ class Board:
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []
         self._stopping = asyncio.Event()
+        self._begun = False
         self._starts: dict[int, int] = {}
         self._failure = "a worker died"
 
@@ -137,8 +163,10 @@ class Board:
         records, self._records = self._records, []
         return records
 
-    async def stop(self) -> None:
+    async def stop(self) -> bool:
+        """Wishes the run to stop; whether any rank has begun, and so will."""
         self._stopping.set()
+        return self._begun
 
     async def stopping(self) -> None:
         """Returns when the run is to stop."""
@@ -146,6 +174,7 @@ class Board:
 
     async def begin(self, rank: int) -> tuple[int, str]:
         """How often the rank has begun since the last checkpoint, and how its last attempt ended."""
+        self._begun = True
         self._starts[rank] = self._starts.get(rank, 0) + 1
         failure, self._failure = self._failure, "a worker died"
         return self._starts[rank], failure
@@ -199,15 +228,21 @@ def progress_line(records: Sequence[dict[str, Any]], config: TrainConfig) -> str
 
 @contextmanager
 def _stop_on_sigterm(board: Any) -> Iterator[None]:
-    """`ray job stop` and pre-emption send SIGTERM: the ranks abandon the step they are in, and save."""
+    """`ray job stop` and pre-emption send SIGTERM: the ranks abandon the step they are in, and save.
+
+    Before there are any, the driver ends: Ray may be waiting for their CPUs, for ever.
+    """
 
     def ask(*_: Any) -> None:
+        if not ray.get(board.stop.remote()):
+            raise KeyboardInterrupt  # all that interrupts `ray.get`
         print("SIGTERM: saving a checkpoint, then stopping", flush=True)
-        board.stop.remote()
 
     before = signal.signal(signal.SIGTERM, ask)
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise RunError("stopped before any worker had begun; the same command starts the run") from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -252,9 +287,8 @@ def _train(job: Job) -> dict[str, Any]:
     manifest = graft.manifest_of(parts.sources)
     graft.check_frozen(model, manifest)
 
-    identity = job.data.identity() | {"frozen_weights": graft.frozen_digest(manifest)}
-    alignment = Alignment(model, parts.spec, config, identity)
-    store = CheckpointStore(f"{config.output.rstrip('/')}/checkpoints", config.keep)
+    alignment = Alignment(model, parts.spec, config, _inputs(job.data, manifest))
+    store = _store(config)
     resume(alignment, store)
     feeder = _from_rank_zero(
         lambda: start_feeder(config, job.data.source, parts.encoder(config), alignment.state, world, data_selector(config))

@@ -63,7 +63,7 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def config(output: Path, data: Path, **fields: Any) -> TrainConfig:
+def config(output: Path, data: Path | str, **fields: Any) -> TrainConfig:
     return TrainConfig(
         **{
             "tower": "tiny",

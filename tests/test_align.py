@@ -23,7 +23,7 @@ from pipelines import align
 from pipelines.align import Alignment
 from pipelines.checkpoint import BackgroundWriter, Checkpoint, CheckpointStore
 from pipelines.data import DataEnded, Step, never, split
-from pipelines.recipe import A3, A3_PREVIEW, DEMO, EVAL_SHARES, TrainConfig, learning_rate
+from pipelines.recipe import A3, A3_PREVIEW, AT_LEAST_ZERO, DEMO, EVAL_SHARES, TrainConfig, learning_rate
 
 CONFIG = TrainConfig(samples=49, held_out=1, batch_size=8, dtype="float32", save_every=1, learning_rate=1e-2)
 
@@ -89,6 +89,12 @@ def test_named_runs_have_the_published_steps() -> None:
         ({"worker_label": "gb10"}, "expected key=value"),
         ({"frozen_precision": "int4"}, "expected dtype, fp8, fp8-backward"),
         ({"micro_tokens": -1}, "or 0 for what fits the memory"),
+        ({"min_pixels": 0}, "min_pixels is 0; it must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; expected a finite number above 0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan; expected a finite number above 0"),
+        ({"weight_decay": math.inf}, "weight_decay is inf; expected a finite number of at least 0"),
+        ({"warmup": math.nan}, "warmup is nan"),
+        *(({name: -1}, f"{name} is -1; expected a finite number of at least 0") for name in AT_LEAST_ZERO),
     ],
 )
 def test_bad_configurations_are_sentences(change: dict[str, Any], says: str) -> None:

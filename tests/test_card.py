@@ -16,11 +16,13 @@ from huggingface_hub import ModelCard
 from samples import write_shards
 
 from artemis_vlm import graft
-from pipelines import card
+from pipelines import card, report
+from pipelines import desk as desks
 from pipelines import machine as machines
 from pipelines.align import Alignment
 from pipelines.card import model_card
 from pipelines.checkpoint import CheckpointStore
+from pipelines.data import first_examples
 from pipelines.desk import Desk, claim
 from pipelines.inputs import find_data, find_parts
 from pipelines.recipe import DEMO, TrainConfig
@@ -117,7 +119,9 @@ def test_durations_and_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["versions"].keys() == {"python", "torch"}
 
 
-def test_a_run_ends_with_the_card_of_what_it_recorded(sources: graft.Sources, tmp_path: Path) -> None:
+def test_a_run_ends_with_the_card_of_what_it_recorded(
+    sources: graft.Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = write_shards(tmp_path / "data", shards=2, rows=4)
     config = TrainConfig(
         tower=str(sources.tower), decoder=str(sources.decoder), data=str(data), output=str(tmp_path / "run"),
@@ -132,13 +136,24 @@ def test_a_run_ends_with_the_card_of_what_it_recorded(sources: graft.Sources, tm
     model = graft.load_frozen(parts.sources, torch.float32)
     alignment = Alignment(model, parts.spec, config)
     store = CheckpointStore(f"{config.output}/checkpoints")
+    monkeypatch.setattr(desks, "caption", lambda _model, _tokenizer, shown, _spec: [f"I see {e.uid}" for e in shown])
+    shown = first_examples(found.evaluated, parts.encoder(config), 3)
+    of_desk = shown[:2]
     desk = Desk(
-        config, parts, alignment, store, list, owner="me", on_saved=lambda: None, on_error=lambda: None
+        config, parts, alignment, store, lambda: of_desk, owner="me", on_saved=lambda: None, on_error=lambda: None
     )  # fmt: skip
-    desk.record({"step": 0, "eval_loss": 2.5})
+    desk.record({"step": 0, "eval_loss": 2.5, "quarantined_now": [["a/b.tar/./train/0007", "the caption is empty"]]})
     desk.record({"step": 3, "loss": 2.0, "samples_per_s": 4.0, "used": 6, "quarantined": 0, "eval_loss": 1.25})
+    of_desk = shown[1:]  # the run was continued with other --captions
     desk.finish()
     desk.close()
+    row = json.loads((output.path / "quarantine.jsonl").read_text())
+    assert (row["shard"], row["key"]) == ("a/b.tar", "./train/0007")
+    captions = json.loads((output.path / "captions.json").read_text())
+    seen = [f"I see {e.uid}" for e in shown]
+    assert [(row["before"], row["after"]) for row in captions] == [(seen[1], seen[1]), ("", seen[2])]
+    assert all(text in (output.path / "report.html").read_text() for text in seen[1:])
+    assert f"  before  {seen[1]}\n  after   {seen[1]}\n\n" in report.summary(output.path, config)
     run = json.loads((output.path / "run.json").read_text())
     text = (output.path / "a3" / card.CARD_FILE).read_text()
     told = rows(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,12 @@ def test_the_worker_lands_on_the_gb10_node(two_nodes: Cluster, monkeypatch: pyte
     monkeypatch.setattr(placement, "PLACEMENT_TIMEOUT_S", 1.0)
     with pytest.raises(RunError, match=r"no node of this cluster has the label a3/role=gb10 .*--worker-label ''"):
         placement.placement(A3)
+    anywhere = replace(A3, worker_label="", workers=3)
+    with pytest.raises(
+        RunError, match=r"3 workers need as many CPUs; the nodes that may train have 2: give fewer --workers"
+    ):
+        placement.placement(anywhere)
+    assert placement.placement(replace(anywhere, workers=2)).num_workers == 2
     assert placement.data_selector(A3) is None, "alone, a node must also decode"
 
     gb10 = two_nodes.add_node(num_cpus=2, resources={"gb10": 1}, labels={"a3/role": "gb10"})

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from artemis_vlm import RunError
 from pipelines import data, storage
 from pipelines.data import Candidate, Counts, Encoder, Position, Source
-from pipelines.shards import RawSample, Rows, Shard, find_shards, open_rows
+from pipelines.shards import RawSample, Rows, Shard, find_shards, open_rows, split_uid
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +244,19 @@ def test_no_content_of_a_tar_is_passed_over_in_silence(tmp_path: Path) -> None:
     assert "not whole: found jpg, png, txt" in tar_rows(path, two)["a"]
 
 
+@pytest.mark.parametrize("record", [20, 256, 512, 2048])
+def test_a_last_record_is_filled_up_with_zeros(tmp_path: Path, record: int) -> None:
+    """`tar -b`, in blocks of 512 bytes."""
+    path = tmp_path / "a.tar"
+    whole = write_tar(path, map(sample, range(4))).read_bytes().rstrip(b"\0")
+    whole += bytes(-len(whole) % 512 + 1024)
+    filled = whole + bytes(-len(whole) % (512 * record))
+    assert set(tar_rows(path, filled).values()) == {""}
+    assert not any("damaged" in error for error in tar_rows(path, filled + filled).values())
+    cut = tar_rows(path, filled[:-512])
+    assert any("damaged" in error for error in cut.values()) == (record > 128), "many zeros, and no record's end"
+
+
 @pytest.mark.parametrize("size", [-512, -1024, 2**62])
 def test_a_hostile_header_is_damage(tmp_path: Path, size: int) -> None:
     """A negative size once sent `tarfile` round in circles."""
@@ -266,6 +279,8 @@ def test_every_kind_of_tar_gives_the_same_samples(tmp_path: Path, kind: int) -> 
             assert content is not None
             (folder / member.name).write_bytes(content.read())
     (folder / "00001.json").symlink_to("00001.txt")
+    if kind != tarfile.USTAR_FORMAT:  # which has no room for so long a target
+        (folder / "00000.json").symlink_to("../" * 60 + "00000.txt")
     with tarfile.open(tmp_path / "a.tar", "w", format=kind) as archive:
         archive.add(tmp_path, arcname="top", filter=lambda m: None if m.name.endswith(".tar") else m)
     with open_rows(Shard("a.tar", str(tmp_path / "a.tar"))) as rows:
@@ -274,6 +289,12 @@ def test_every_kind_of_tar_gives_the_same_samples(tmp_path: Path, kind: int) -> 
         raw = found.pop(f"a.tar/top/{'long' * 20}/{'name' * 15}/{n:05d}")
         assert (raw.image, raw.text.decode(), raw.error) == (sample(n)[1]["jpg"], sample(n)[1]["txt"], "")
     assert not found
+
+
+@pytest.mark.parametrize("shard", ["sa_000000.tar", "x/b.c.parquet", "deep/er/data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("key", ["0007", "./train/0007", "of a.tar/0007", "(bytes 0 to 6000)", "two\nlines"])
+def test_a_uid_is_cut_after_its_shard(shard: str, key: str) -> None:
+    assert split_uid(f"{shard}/{key}") == (shard, key)
 
 
 def test_names_that_are_no_utf8_become_text(tmp_path: Path, encoder: Encoder) -> None:
@@ -425,7 +446,23 @@ def test_places(folder: Path, tmp_path: Path) -> None:
     assert [s.name for s in find_shards(f"{folder}/../{folder.name[:-1]}?/sa_00000[13].tar")] == [names[1], names[3]]
     write_shards(tmp_path / "deep" / "x", 1, 1)
     write_shards(tmp_path / "deep" / "xy", 1, 1)
-    assert [s.name for s in find_shards(str(tmp_path / "deep"))] == ["x/sa_000000.tar", "xy/sa_000000.tar"]
+    both = ["x/sa_000000.tar", "xy/sa_000000.tar"]
+    assert [s.name for s in find_shards(str(tmp_path / "deep"))] == both
+    assert [s.name for s in find_shards(str(tmp_path / "dee*"))] == both
+    assert [s.name for s in find_shards(str(tmp_path / "deep" / "x*"))] == both
+
+
+def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
+    for place in ("data/a", "data/m", "elsewhere/below"):
+        write_shards(tmp_path / place, 1, 1)
+    (tmp_path / "data" / "b").symlink_to("../elsewhere")
+    (tmp_path / "data" / "before").symlink_to("m")  # read already, by its own name
+    (tmp_path / "elsewhere" / "up").symlink_to("../data")
+    (tmp_path / "data" / "gone").symlink_to("nowhere")
+    (tmp_path / "linked").symlink_to("data")
+    expected = [f"{place}/sa_000000.tar" for place in ("a", "b/below", "m")]
+    for place in ("data", "linked", "[dl]*"):
+        assert [s.name for s in find_shards(str(tmp_path / place))] == expected
 
 
 def test_data_that_cannot_be_used_is_told_in_a_sentence(tmp_path: Path, encoder: Encoder) -> None:
@@ -436,7 +473,9 @@ def test_data_that_cannot_be_used_is_told_in_a_sentence(tmp_path: Path, encoder:
     (tmp_path / "notes.md").write_text("-")
     with pytest.raises(RunError, match="holds 1 files, none of them a shard"):
         find_shards(str(tmp_path))
-    with pytest.raises(RunError, match="no-such-org/no-such-data cannot be listed"):  # the hub is off in tests
+    with pytest.raises(
+        RunError, match="no-such-org/no-such-data cannot be listed: no such folder is here, and on"
+    ):  # the hub is off in tests
         find_shards("no-such-org/no-such-data")
     with pytest.raises(RunError, match="nfs9://host/x cannot be listed: Protocol not known"):
         find_shards("nfs9://host/x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import itertools
 import json
@@ -9,10 +10,13 @@ import logging
 import os
 import random
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bare
@@ -22,13 +26,13 @@ import torch
 from models import random_example
 from samples import sample, write_tar
 
-from artemis_vlm import RunError
+from artemis_vlm import RunError, graft
 from demo import assets
-from pipelines import align, data
+from pipelines import align, data, train
 from pipelines.checkpoint import Checkpoint, CheckpointStore
 from pipelines.data import Candidate, Counts, DataEnded, Position
 from pipelines.desk import check_owner, claim, earlier_run
-from pipelines.inputs import Data, find_data
+from pipelines.inputs import Data, anchored, find_data, find_parts
 from pipelines.recipe import TrainConfig
 from pipelines.shards import Shard, check_same_data, identity, open_rows
 from pipelines.storage import RunFolder
@@ -235,6 +239,66 @@ def test_a_run_continues_on_its_data_alone_wherever_it_lies(shards: Path, tmp_pa
         claimed(bare.config(tmp_path / "run", shards, seed=3))
 
 
+def accepted(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+    """Configurations that `fit` has taken; it ends there, before it needs Ray."""
+    found: list[TrainConfig] = []
+
+    def with_workers(config: TrainConfig) -> TrainConfig:
+        found.append(config)
+        raise RunError("far enough")
+
+    monkeypatch.setattr(train.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(train, "with_workers", with_workers)
+    return found
+
+
+def test_a_run_is_given_to_its_ranks_with_absolute_places(
+    sources: graft.Sources, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train changes the folder that they work in."""
+    given = accepted(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    for name, place in (("tower", sources.tower), ("decoder", sources.decoder), ("data", shards)):
+        (tmp_path / name).symlink_to(place)
+    places = {"tower": "tower", "decoder": "./decoder", "eval_data": f"file://{shards}"}
+    with pytest.raises(RunError, match="far enough"):
+        train.fit(bare.config(Path("runs/new"), "data/*.tar", **places))
+    (config,) = given
+    assert (config.tower, config.decoder) == (f"{tmp_path}/tower", f"{tmp_path}/decoder")
+    assert (config.data, config.eval_data, config.output) == (f"{tmp_path}/data/*.tar", str(shards), f"{tmp_path}/runs/new")
+
+    elsewhere = {"tower": "Qwen/Qwen3-VL-2B-Instruct", "decoder": "hf://org/name", "data": "org/data", "eval_data": ""}
+    config = replace(config, **elsewhere, output="s3://runs/a")
+    assert anchored(config) == config
+
+
+def test_what_a_checkpoint_does_not_fit_is_refused_before_it_takes_the_output_over(
+    sources: graft.Sources, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepted(monkeypatch)
+    config = bare.config(tmp_path / "run", shards, tower=str(sources.tower), decoder=str(sources.decoder))
+    parts, found = find_parts(config), find_data(config, None)
+    claim(RunFolder(config.output), config, parts, found, "running")
+    weights = graft.frozen_digest(graft.manifest_of(sources))
+    model = graft.load_frozen(sources, torch.float32)
+    ours = align.Alignment(model, parts.spec, config, found.identity() | {"frozen_weights": weights})
+    CheckpointStore(f"{config.output}/checkpoints").write(ours.checkpoint())
+
+    other = shutil.copytree(sources.decoder, tmp_path / "other")
+    file = sorted(other.glob("*.safetensors"))[0]
+    file.write_bytes(flipped(file.read_bytes(), -2))
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    for change, says in (
+        ({"dtype": "bfloat16"}, "computes in float32 since its start.* bfloat16; give --dtype float32"),
+        ({"decoder": str(other)}, "step_00000000 is of another run .frozen_weights was"),
+        ({}, "far enough"),
+        ({"dtype": "auto"}, "far enough"),
+    ):
+        with pytest.raises(RunError, match=says):
+            train.fit(replace(config, **change))
+        assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
 def test_hub_data_of_another_commit_is_refused() -> None:
     def at(commit: str) -> dict[str, Any]:
         return identity([Shard("a.tar", f"hf://datasets/org/name@{commit}/train/a.tar")])
@@ -258,6 +322,37 @@ def test_a_checkpoint_of_other_weights_is_refused() -> None:
     start("one").restore(checkpoint)
     with pytest.raises(RunError, match=r"step_00000000 is of another run \(frozen_weights was 'one', now 'two'\)"):
         start("two").restore(checkpoint)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_sigterm_ends_a_run_that_no_worker_has_begun(
+    begun: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Remote:
+        """Ray's actor, in this process."""
+
+        def __init__(self) -> None:
+            self.board = train.Board.__ray_metadata__.modified_class()  # type: ignore[attr-defined]
+
+        def __getattr__(self, name: str) -> Any:
+            return SimpleNamespace(remote=getattr(self.board, name))
+
+    monkeypatch.setattr(train.ray, "get", asyncio.run)
+    board = Remote()
+    if begun:
+        asyncio.run(board.board.begin(0))
+        asyncio.run(board.board.saved())
+    says = "far enough" if begun else "stopped before any worker had begun; the same command starts the run"
+
+    def run() -> None:
+        with train._stop_on_sigterm(board):
+            signal.raise_signal(signal.SIGTERM)
+            raise RunError("far enough")
+
+    with pytest.raises(RunError, match=says):
+        run()
+    asyncio.run(asyncio.wait_for(board.board.stopping(), 1))
+    assert ("saving a checkpoint" in capsys.readouterr().out) == begun
 
 
 def test_a_run_that_was_taken_over_stops_writing(shards: Path, tmp_path: Path) -> None:
