@@ -233,8 +233,11 @@ def _stop_on_sigterm(board: Any) -> Iterator[None]:
     Before there are any, the driver ends: Ray may be waiting for their CPUs, for ever.
     """
 
+    early = False
+
     def ask(*_: Any) -> None:
-        if not ray.get(board.stop.remote()):
+        nonlocal early
+        if early := not ray.get(board.stop.remote()):
             raise KeyboardInterrupt  # all that interrupts `ray.get`
         print("SIGTERM: saving a checkpoint, then stopping", flush=True)
 
@@ -242,6 +245,8 @@ def _stop_on_sigterm(board: Any) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
+        if not early:
+            raise
         raise RunError("stopped before any worker had begun; the same command starts the run") from error
     finally:
         signal.signal(signal.SIGTERM, before)
