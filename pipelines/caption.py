@@ -54,7 +54,7 @@ from pipelines.pictures import PictureShard, find_pictures, open_pictures
 from pipelines.report import CaptionSample, captions_page, duration
 from pipelines.shards import Shard
 from pipelines.shards import identity as data_identity
-from pipelines.storage import ModelFolder, fetch_model, is_remote, local_path
+from pipelines.storage import ModelFolder, fetch_model, is_inside, is_remote, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,10 @@ def prepare(config: CaptionConfig) -> tuple[Output, Job]:
     """The output, claimed for this run, and what is left to do.
 
     Raises:
-        ArtemisError: inputs or model are not there, or the output is another run's.
+        ArtemisError: inputs or model are not there, or the output is another run's or within the input.
     """
+    if is_inside(config.output, config.input):  # what is written would be input when the job continues
+        raise RunError(f"the output {config.output} lies inside the input {config.input}; choose a folder beside it")
     model = fetch_model(config.model)
     shards = find_pictures(config.input, config.part_rows)
     output = Output(config.output, Layout([s.name for s in shards], SUFFIXES[config.format], config.part_rows))

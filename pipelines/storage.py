@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import posixpath
 import re
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar
 
 import fsspec
@@ -54,6 +55,16 @@ def is_remote(uri: str) -> bool:
 
 def local_path(uri: str) -> Path:
     return Path(uri.removeprefix("file://")).expanduser().absolute()
+
+
+def is_inside(uri: str, folder: str) -> bool:
+    """Whether a place is a folder or lies in it, links and `..` followed; neither has to be there."""
+    if is_remote(uri) != is_remote(folder):
+        return False
+    if not is_remote(uri):
+        return local_path(uri).resolve().is_relative_to(local_path(folder).resolve())
+    (scheme, _, place), (other, _, root) = uri.partition("://"), folder.partition("://")
+    return scheme == other and PurePosixPath(posixpath.normpath(place)).is_relative_to(posixpath.normpath(root))
 
 
 def is_hub_id(uri: str) -> bool:

@@ -36,6 +36,7 @@ from pipelines import bench_caption, caption, data, fetch, parts, pictures
 from pipelines.caption_stages import CaptionConfig
 from pipelines.parts import CaptionRow, Layout, Output
 from pipelines.shards import find_shards, open_rows
+from pipelines.storage import is_inside
 
 ROOT = Path(__file__).parent.parent
 NEW = 12
@@ -163,6 +164,24 @@ def test_another_run_in_the_same_output_is_refused(
         caption.run(replace(config, output=str(tmp_path / "full")))
     assert caption.run(config) == manifest
     assert "is complete: 75 rows, 1 without a caption" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("folder", "output"),
+    [("in", "in"), ("in/", "in/out"), ("in", "beside/../in/out"), ("in", "file://{}/in/out"), ("in", "link/out"),
+     ("s3://b/in", "s3://b/in/"), ("s3://b", "s3://b/x/out")],
+)  # fmt: skip
+def test_an_output_inside_the_input_is_refused(
+    base: CaptionConfig, folder: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Path("link").symlink_to("in")
+    with pytest.raises(RunError, match=r"lies inside the input .*; choose a folder beside it"):
+        caption.prepare(replace(base, model="none", input=folder, output=output.format(tmp_path)))
+    for beside in ("in-captioned", "s3://b/in-captioned", "in/../out"):
+        assert not is_inside(beside, "in")
+        assert not is_inside(beside, "s3://b/in")
 
 
 def test_webdataset_out_is_training_data(
