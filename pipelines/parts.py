@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from artemis_vlm.errors import RunError
-from pipelines.storage import is_remote, local_path, retried, write_whole
+from pipelines.storage import each, is_remote, local_path, retried, write_whole
 
 #: Hidden, so that readers of the folder as a data set pass over them.
 RUN_FILE: Final = ".run.json"
@@ -127,11 +127,12 @@ class Store:
         return {posixpath.relpath(path, self._root) for path in found}
 
     def read(self, names: Sequence[str]) -> dict[str, bytes]:
-        paths = {name: posixpath.join(self._root, name) for name in names}
-        if not paths:
-            return {}
-        found = retried(f"the output {self.uri} could not be read", lambda: self._files.cat(list(paths.values())))
-        return {name: found[path] for name, path in paths.items()}
+        return dict(zip(names, each(self._read, names)))
+
+    def _read(self, name: str) -> bytes:
+        path = posixpath.join(self._root, name)
+        data: bytes = retried(f"{self.uri}/{name} could not be read", lambda: self._files.cat_file(path))
+        return data
 
     def write(self, name: str, text: str) -> None:
         if self.remote:

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -30,6 +31,8 @@ T = TypeVar("T")
 
 #: Tries of anything that a store may refuse for a moment, with pauses of 1, 2, 4 seconds between them.
 ATTEMPTS: Final = 4
+#: Small files that a store is asked for at once.
+FILES_AT_ONCE: Final = 32
 #: What a model folder needs; anything else (pickles above all) is not even fetched.
 MODEL_FILES: Final = ("*.json", "*.safetensors", "*.jinja")
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
@@ -94,6 +97,15 @@ def retried(failure: str, attempt: Callable[[], T]) -> T:
             logger.warning("%s, attempt %d: %s", failure, number, error)
         time.sleep(0.5 * 2**number)
         number += 1
+
+
+def each(read: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    """What `read` gives for each name, many at once, since asking a store takes long.
+
+    One by one and not by fsspec's `cat` of many, which takes names with `[`, `*` or `?` for patterns.
+    """
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        return list(pool.map(read, names))
 
 
 def fetch(files: Any, remote: str, target: Path) -> tuple[int, str | None]:

@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -255,6 +256,19 @@ def test_plain_files_tables_and_urls(
         pictures.find_pictures(str(folder), 2)
 
 
+def test_remote_files_whose_names_are_patterns() -> None:
+    files = fsspec.filesystem("memory")
+    for name in ("a[1].jpg", "b[2].jpg"):
+        files.pipe_file(f"/pictures/{name}", name.encode())
+    (shard,) = pictures.find_pictures("memory://pictures", 10)
+    files.rm_file("/pictures/b[2].jpg")
+    with pictures.open_pictures(shard) as found:
+        assert [(p.key, p.image, p.error) for p in found.read(range(2))] == [
+            ("a[1].jpg", b"a[1].jpg", ""),
+            ("b[2].jpg", b"", "the file b[2].jpg is gone"),
+        ]
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[str, str]]:
     """A web server whose name seems public: the check of addresses is the real one, the dialling is led here."""
@@ -284,20 +298,21 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[str, str]]:
 
 
 def test_a_shard_that_cannot_be_read_stops_no_other(base: CaptionConfig, tmp_path: Path) -> None:
+    """Nor do names that are patterns elsewhere."""
     folder = tmp_path / "in"
     folder.mkdir()
-    write_tar(folder / "a.tar", [(f"{n}", {"jpg": jpeg(n)}) for n in range(3)])
+    write_tar(folder / "a[1].tar", [(f"{n}", {"jpg": jpeg(n)}) for n in range(3)])
     (folder / "b.parquet").write_bytes(b"no table")
     write_tar(folder / "c.tar", [])
-    config = replace(base, input=str(folder), output=str(tmp_path / "out"))
+    config = replace(base, input=str(folder), output=str(tmp_path / "out[1]*?"))
     with pytest.raises(RunError, match=r"1 of 3 shards could not be read, b\.parquet among .*run the same command again"):
         bench_caption.in_process(config)
-    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert not (tmp_path / "out[1]*?" / "_SUCCESS").exists()
     assert len(rows_of(config.output)) == 3
     pq.write_table(pa.table({"image": [jpeg(9)]}), folder / "b.parquet")
     manifest = bench_caption.in_process(config)
     assert {part: p["rows"] for part, p in manifest["parts"].items()} == {
-        "a-00000-of-00001.parquet": 3,
+        "a[1]-00000-of-00001.parquet": 3,
         "b-00000-of-00001.parquet": 1,
         "c-00000-of-00001.parquet": 0,
     }
@@ -412,7 +427,7 @@ def bucket() -> Iterator[Mapping[str, str]]:
 
 def test_a_store_sees_what_others_write(bucket: Mapping[str, str]) -> None:
     """On S3, from another process: what a listing of before does not have can be read, and is listed next time."""
-    store = parts.Store("s3://captions/out")
+    store = parts.Store("s3://captions/out[1]*")
     store.write(f"{parts.NOTES}/a", "1")
     assert store.names() == {f"{parts.NOTES}/a"}
     write = "import sys; from pipelines.parts import Store; Store(sys.argv[1]).write('_SUCCESS', 'x')"
