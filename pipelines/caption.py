@@ -45,6 +45,7 @@ from pipelines.caption_stages import (
     Job,
     Pool,
     Work,
+    most_image_tokens,
     read_blocks,
 )
 from pipelines.feed import ShardSource
@@ -226,7 +227,7 @@ def _ahead_bytes(job: Job) -> int:
     """Between all stages: images, and the embeddings that the engines have before them."""
     folder = job.folder()
     spec, hidden = job.spec(folder), graft.load_config(folder).text_config.hidden_size
-    embedding: int = spec.max_pixels // spec.factor**2 * hidden * job.torch_dtype.itemsize
+    embedding: int = most_image_tokens(spec) * hidden * job.torch_dtype.itemsize
     return job.config.engine.max_size * (AHEAD_BYTES + 2 * job.in_flight * min(embedding, 16 << 20))
 
 

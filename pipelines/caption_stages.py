@@ -313,14 +313,18 @@ class Caption:
 
 def engine_config(config: CaptionConfig, spec: ImageSpec, frame: chat.CaptionFrame) -> EngineConfig:
     """Slots as long as the largest image's prompt and the longest caption."""
-    image_tokens = spec.max_pixels // spec.factor**2
     return EngineConfig(
         slots=config.slots,
-        max_length=len(frame.prompt(image_tokens)) + config.max_tokens,
+        max_length=len(frame.prompt(most_image_tokens(spec))) + config.max_tokens,
         kind=config.engine_kind,
         quantization=config.quantization,
         gpu_memory=config.gpu_memory,
     )
+
+
+def most_image_tokens(spec: ImageSpec) -> int:
+    """Of any image: a narrow one may have more than `max_pixels` would hold."""
+    return spec.max_patches // spec.merge_size**2
 
 
 def set_threads(config: CaptionConfig) -> None:

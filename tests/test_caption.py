@@ -31,10 +31,10 @@ from PIL import Image
 from samples import caption_encoder, jpeg, write_tar
 from transformers import PreTrainedTokenizerBase
 
-from artemis_vlm import RunError, graft
-from artemis_vlm.image import ImageSpec
+from artemis_vlm import RunError, chat, graft
+from artemis_vlm.image import ImageSpec, patchify
 from pipelines import bench_caption, caption, data, fetch, parts, pictures
-from pipelines.caption_stages import CaptionConfig
+from pipelines.caption_stages import CaptionConfig, engine_config
 from pipelines.parts import CaptionRow, Layout, Output
 from pipelines.shards import find_shards, open_rows
 from pipelines.storage import is_inside
@@ -165,6 +165,14 @@ def test_another_run_in_the_same_output_is_refused(
         caption.run(replace(config, output=str(tmp_path / "full")))
     assert caption.run(config) == manifest
     assert "is complete: 75 rows, 1 without a caption" in capsys.readouterr().out
+
+
+def test_the_slots_are_long_enough_for_narrow_images(base: CaptionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    frame = chat.CaptionFrame.build(tokenizer, base.prompt, False)
+    for size in ((2000, 10), (10, 2000), (64, 64)):
+        spec = ImageSpec(max_pixels=64 * 64)
+        tokens = spec.tokens(patchify(Image.new("RGB", size), spec).grid)
+        assert engine_config(base, spec, frame).max_length >= len(frame.prompt(tokens)) + base.max_tokens
 
 
 @pytest.mark.parametrize(
