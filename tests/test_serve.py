@@ -45,6 +45,10 @@ NEW = 12
     [
         ({"logprobs": True}, "logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"presence_penalty": -1}, "presence_penalty"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"messages": None}, "messages"),
         ({"n": 2}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "3"}, "max_tokens"),
@@ -72,6 +76,24 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], param: str) -> 
     assert error.value.status == 400
     assert error.value.param == param
     assert set(error.value.body()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_what_asks_for_nothing_is_accepted() -> None:
+    plain = openai.parse_chat(body())
+    nulls = ("stream", "frequency_penalty", "n", "stop", "tools", "logit_bias", "stream_options", "user", "max_tokens")
+    assert openai.parse_chat(body(**dict.fromkeys(nulls))) == plain
+    penalties = {"frequency_penalty": 0, "presence_penalty": 0.0}
+    idle = {"logprobs": False, "response_format": {"type": "text"}, "parallel_tool_calls": True}
+    assert openai.parse_chat(body(**penalties, **idle)) == plain
+    assert openai.parse_chat(body(n=1)).n == 1
+    usage = openai.parse_chat(body(stream=True, stream_options={"include_usage": None})).stream_options
+    assert usage is not None
+    assert not usage.include_usage
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
+    assert openai.parse_chat(body(tools=tools)).plain_tools() == tools, "nulls in a schema stay"
+    assert openai.parse_chat(body(messages=turn("a", b"x"), tools=tools, tool_choice="none")).plain_tools() is None
+    answered = {"role": "assistant", "content": "a", "tool_calls": None, "audio": None}
+    assert openai.parse_chat(body(messages=[answered])).plain_messages() == [{"role": "assistant", "content": "a"}]
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}'])
