@@ -30,6 +30,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 
 from artemis_vlm import graft, tensorfile
+from artemis_vlm.engines import engine_kind
 from artemis_vlm.errors import ArtemisError, RunError
 from artemis_vlm.frozen import compute_dtype
 from artemis_vlm.image import PREPROCESSOR_FILE
@@ -45,11 +46,13 @@ from pipelines.caption_stages import (
     Job,
     Pool,
     Work,
+    image_spec,
     most_image_tokens,
     read_blocks,
 )
 from pipelines.feed import ShardSource
-from pipelines.local import join_or_start
+from pipelines.local import is_alone, join_or_start
+from pipelines.machine import check_device
 from pipelines.parts import CaptionRow, Collector, Layout, Output
 from pipelines.pictures import PictureShard, find_pictures, open_pictures
 from pipelines.report import CaptionSample, captions_page, duration
@@ -96,11 +99,16 @@ def prepare(config: CaptionConfig) -> tuple[Output, Job]:
     """The output, claimed for this run, and what is left to do.
 
     Raises:
-        ArtemisError: inputs or model are not there, or the output is another run's or within the input.
+        ArtemisError: inputs, model or what should compute are not there, or the output cannot be written, is another run's
+            or within the input.
     """
     if is_inside(config.output, config.input):  # what is written would be input when the job continues
         raise RunError(f"the output {config.output} lies inside the input {config.input}; choose a folder beside it")
+    check_device(config.device, here=is_alone())
+    if config.engine_kind == "vllm" and is_alone() and engine_kind("auto", "cuda") != "vllm":
+        raise RunError("the engine is vllm, which is not installed here; pip install 'artemis-vlm[vllm]'")
     model = fetch_model(config.model)
+    image_spec(config, model.path)
     shards = find_pictures(config.input, config.part_rows)
     output = Output(config.output, Layout([s.name for s in shards], SUFFIXES[config.format], config.part_rows))
     dtype = config.dtype

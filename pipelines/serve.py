@@ -40,7 +40,8 @@ from pipelines.door import Door, Doors
 from pipelines.fetch import FetchConfig, Fetcher
 from pipelines.front import Front, FrontConfig, Refusal
 from pipelines.guard import Guard, Keys, error_response
-from pipelines.local import free_ports, join_or_start
+from pipelines.local import free_ports, is_alone, join_or_start
+from pipelines.machine import check_device
 from pipelines.openai import AnswerFormat, ApiError, ChatRequest
 from pipelines.stages import API_CPUS, SECONDS, Decoder, Grown, Job, ServeConfig, Stage, VisionEncoder
 from pipelines.storage import fetch_model
@@ -376,8 +377,9 @@ def build_app(config: ServeConfig, doors: str = "") -> Any:
         doors: folder in which an Api on the front's node opens its door.
 
     Raises:
-        CheckpointError: no such model; a server that runs stays as it is.
+        ArtemisError: no such model or device; a server that runs stays as it is.
     """
+    check_device(config.device, here=is_alone())
     load_config(fetch_model(config.model).path)
     decoder = _sized(Decoder, config, config.decoder_stage).bind(config)
     stages = [decoder] if config.colocate else [decoder, _sized(VisionEncoder, config, config.encoder_stage).bind(config)]

@@ -14,8 +14,9 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -192,7 +193,8 @@ class RunFolder:
         if not self.uri:
             raise RunError("the run has no output; give a folder or an s3:// URI")
         local = Path(tempfile.mkdtemp(prefix="artemis-run-")) if self.remote else local_path(self.uri)
-        local.mkdir(parents=True, exist_ok=True)
+        with writing(self.uri):
+            local.mkdir(parents=True, exist_ok=True)
         object.__setattr__(self, "path", local)
 
     @property
@@ -232,6 +234,16 @@ class RunFolder:
         """Removes the local folder of a remote output."""
         if self.remote:
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextmanager
+def writing(place: str) -> Iterator[None]:
+    """What the system says of a place that cannot be written, as a RunError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RunError(f"the output {place} cannot be written: {reason}; make room there, or choose another") from error
 
 
 def write_whole(path: Path, text: str) -> None:

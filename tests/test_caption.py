@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from artemis_vlm import RunError, chat, graft
 from artemis_vlm.image import ImageSpec, patchify
+from jobs.caption import main
 from pipelines import bench_caption, caption, data, fetch, parts, pictures
 from pipelines.caption_stages import CaptionConfig, engine_config
 from pipelines.parts import CaptionRow, Layout, Output
@@ -191,6 +192,40 @@ def test_an_output_inside_the_input_is_refused(
     for beside in ("in-captioned", "s3://b/in-captioned", "in/../out"):
         assert not is_inside(beside, "in")
         assert not is_inside(beside, "s3://b/in")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--max-tokens 0", "max_tokens is 0; it must be at least 1"),
+        ("--engine.min-size 2", "a pool has 2 to 1 actors"),
+        ("--encode.num-gpus -1", "expected 0 or more"),
+        ("--threads -1", "threads is -1"),
+        ("--gpu-memory 2", "gpu_memory is 2.0"),
+        ("--fetch.timeout-s 0", "must be above 0"),
+        ("--max-pixels 10", "max_pixels is 10; it must reach"),
+        ("--device gpu", "device is gpu; expected cpu or cuda"),
+        ("--device cuda:99", "device is cuda:99, of which torch finds "),
+        ("--engine-kind vllm", "the engine is vllm, which is not installed here"),
+        ("--output /proc/x", "the output /proc/x cannot be written: No such file or directory"),
+        ("--output {model}/config.json", "cannot be written: "),
+    ],
+)
+def test_bad_options_are_one_sentence_before_any_work(
+    base: CaptionConfig,
+    flags: str,
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(caption, "engine_kind", lambda *_: "transformers")
+    monkeypatch.setattr(caption, "collect", lambda *_: pytest.fail("it has begun"))
+    line = ["--model", base.model, "--input", base.input, "--output", str(tmp_path / "out")]
+    assert main([*line, *flags.format(model=base.model).split()]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err.startswith("error: ")) == ("", 1, True), err
+    assert says in err
 
 
 def test_webdataset_out_is_training_data(

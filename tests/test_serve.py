@@ -29,6 +29,7 @@ from artemis_vlm import ArtemisVLMForConditionalGeneration, RunError, SampleErro
 from artemis_vlm.engines import EngineConfig
 from artemis_vlm.image import decode_image, patchify
 from artemis_vlm.modeling import normalize
+from jobs.serve import main
 from pipelines import openai, serve, stages
 from pipelines.local import free_ports
 from pipelines.openai import AnswerFormat, AnswerParser, ApiError, Piece, Usage
@@ -141,6 +142,22 @@ def test_an_open_server_needs_a_key() -> None:
     ServeConfig(model="x", host="0.0.0.0", key_hashes=("0" * 64,))
     with pytest.raises(RunError, match="sha256 sums in hex"):
         ServeConfig(model="x", key_hashes=("secret",))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--deadline-s -1", "--deadline-s nan", "--max-requests 0", "--port 70000", "--api-replicas 0", "--cache-bytes -1",
+     "--decoder-stage.num-gpus -1", "--encoder-stage.target-ongoing 0", "--engine.slots 0", "--dtype half16",
+     "--device gpu", "--device cuda:99"],
+)  # fmt: skip
+def test_bad_options_are_one_sentence(
+    flags: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "is_alone", lambda: True)
+    monkeypatch.setattr(serve, "load_config", lambda *_: pytest.fail("it has begun"))
+    assert main(["--model", "x", *flags.split()]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err.startswith("error: ")) == ("", 1, True), err
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
