@@ -17,7 +17,17 @@ from typing import Any, Final, Protocol, TypeVar
 import fsspec
 
 from artemis_vlm.errors import RunError
-from pipelines.shards import IMAGE_EXTENSIONS, Shard, TarRows, image_bytes, list_files, opened, read_table, shards_among
+from pipelines.shards import (
+    IMAGE_EXTENSIONS,
+    Shard,
+    TarRows,
+    image_bytes,
+    list_files,
+    opened,
+    read_table,
+    shards_among,
+    spelled,
+)
 from pipelines.storage import FILES_AT_ONCE, each, is_remote, retried
 
 T = TypeVar("T")
@@ -95,7 +105,7 @@ class TarPictures(TarRows):
             key, files, error = self.files(row)
             images = [extension for extension in files if extension in IMAGE_EXTENSIONS]
             if not error and len(images) != 1:
-                error = f"the sample has {len(images)} images: found {', '.join(files) or 'nothing'}, expected one"
+                error = f"the sample has {len(images)} images: found {spelled(files)}, expected one"
             yield Picture(key, b"" if error else files[images[0]], error=error, files=files)
 
 

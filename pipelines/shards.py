@@ -12,7 +12,7 @@ import logging
 import posixpath
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,7 +29,7 @@ from pipelines.tar_index import TarIndex, index_of, read_at
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-IMAGE_EXTENSIONS: Final = frozenset({"jpg", "jpeg", "png", "webp"})
+IMAGE_EXTENSIONS: Final = frozenset({"jpg", "jpeg", "png", "webp", "gif"})
 #: A caption that was written here goes before the one that came with the image.
 TEXT_EXTENSIONS: Final = ("caption.txt", "txt")
 SHARD_SUFFIXES: Final = (".tar", ".parquet", ".arrow")
@@ -224,8 +224,7 @@ class TarRows:
         if error := self.index.errors.get(key):
             return RawSample(uid, error=error)
         if len(images) != 1 or text is None:
-            found = ", ".join(parts)
-            return RawSample(uid, error=f"the pair is not whole: found {found}, expected an image and txt")
+            return RawSample(uid, error=f"the pair is not whole: found {spelled(parts)}, expected an image and txt")
         return RawSample(uid, read_at(self.file, *parts[images[0]]), read_at(self.file, *parts[text]))
 
     def files(self, index: int) -> tuple[str, dict[str, bytes], str]:
@@ -233,6 +232,11 @@ class TarRows:
         key = self._keys[index]
         files = {e: read_at(self.file, *at) for e, at in self.index.samples[key].items()}
         return key, files, self.index.errors.get(key, "")
+
+
+def spelled(extensions: Iterable[str]) -> str:
+    """A sample's files, for what is said of it."""
+    return ", ".join(extension or "a file without an extension" for extension in extensions) or "nothing"
 
 
 class TableRows:

@@ -277,6 +277,8 @@ def test_plain_files_tables_and_urls(
     assert (manifest["rows"], manifest["failed"]) == (5, 1)
     rows = rows_of(config.output, "tar")
     assert [r.key for r in rows] == ["a.gif", "b.png", "deep/0.jpg", "deep/1.jpg", "deep/2.jpg"]
+    with open_rows(find_shards(config.output)[0]) as found:
+        assert (found[0].image, found[0].error) == ((folder / "a.gif").read_bytes(), "")
 
     images = [{"bytes": jpeg(0), "path": None}, {"bytes": None, "path": None}]
     pq.write_table(pa.table({"image": images}), tmp_path / "t.parquet")
@@ -347,17 +349,20 @@ def test_a_shard_that_cannot_be_read_stops_no_other(base: CaptionConfig, tmp_pat
     write_tar(folder / "a[1].tar", [(f"{n}", {"jpg": jpeg(n)}) for n in range(3)])
     (folder / "b.parquet").write_bytes(b"no table")
     write_tar(folder / "c.tar", [])
+    write_tar(folder / "d.tar", [("0", {"": jpeg(0)})])
     config = replace(base, input=str(folder), output=str(tmp_path / "out[1]*?"))
-    with pytest.raises(RunError, match=r"1 of 3 shards could not be read, b\.parquet among .*run the same command again"):
+    with pytest.raises(RunError, match=r"1 of 4 shards could not be read, b\.parquet among .*run the same command again"):
         bench_caption.in_process(config)
     assert not (tmp_path / "out[1]*?" / "_SUCCESS").exists()
-    assert len(rows_of(config.output)) == 3
+    assert len(rows_of(config.output)) == 4
     pq.write_table(pa.table({"image": [jpeg(9)]}), folder / "b.parquet")
     manifest = bench_caption.in_process(config)
+    assert manifest["errors"] == {"the sample has 0 images: found a file without an extension, expected one": 1}
     assert {part: p["rows"] for part, p in manifest["parts"].items()} == {
         "a[1]-00000-of-00001.parquet": 3,
         "b-00000-of-00001.parquet": 1,
         "c-00000-of-00001.parquet": 0,
+        "d-00000-of-00001.parquet": 1,
     }
 
 
