@@ -264,6 +264,7 @@ def collect(job: Job, output: Output, captioned: Iterator[pa.Table]) -> None:
             if row["row"] < 0:
                 if row["error"] is None:
                     collector.empty(row["shard"])
+                    progress.known[row["shard"]] = 0
                 else:
                     unread[shard] = row["error"]
                 continue
@@ -309,7 +310,7 @@ class Progress:
 
     def tell(self, last: bool = False) -> None:
         now = time.monotonic()
-        if not self.known or (now - self.told < PROGRESS_S and not last):
+        if not self.done or (now - self.told < PROGRESS_S and not last):
             return
         self.told = now
         unopened = len(self.skipped) - len(self.known)  # they count as the mean of the others

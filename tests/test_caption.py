@@ -342,7 +342,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[str, str]]:
         web.shutdown()
 
 
-def test_a_shard_that_cannot_be_read_stops_no_other(base: CaptionConfig, tmp_path: Path) -> None:
+def test_a_shard_that_cannot_be_read_stops_no_other(
+    base: CaptionConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nor do names that are patterns elsewhere."""
     folder = tmp_path / "in"
     folder.mkdir()
@@ -355,6 +357,7 @@ def test_a_shard_that_cannot_be_read_stops_no_other(base: CaptionConfig, tmp_pat
         bench_caption.in_process(config)
     assert not (tmp_path / "out[1]*?" / "_SUCCESS").exists()
     assert len(rows_of(config.output)) == 4
+    assert "4 of about 5 rows" in capsys.readouterr().out.splitlines()[-1], "an empty shard is known"
     pq.write_table(pa.table({"image": [jpeg(9)]}), folder / "b.parquet")
     manifest = bench_caption.in_process(config)
     assert manifest["errors"] == {"the sample has 0 images: found a file without an extension, expected one": 1}
