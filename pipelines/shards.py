@@ -80,8 +80,10 @@ def shards_among(uri: str, files: Sequence[str]) -> list[Shard]:
     files = [f for f in files if not splits or f.startswith(tuple(f"{place}/train/" for place in splits))]
     shards = [f for f in files if _is_shard(PurePosixPath(f))]
     if not shards:
-        what = f"{len(files)} files, none of them a shard" if files else "nothing"
-        raise RunError(f"the data {uri} holds {what}; expected .tar (WebDataset) or .parquet files, or a saved dataset")
+        what = f"holds {len(files)} files, none of them a shard" if files else "holds nothing"
+        if not (files or is_remote(uri) or glob.has_magic(uri) or local_path(uri).exists()):
+            what = "does not exist"
+        raise RunError(f"the data {uri} {what}; expected .tar (WebDataset) or .parquet files, or a saved dataset")
     root = posixpath.commonpath([posixpath.dirname(f) for f in shards])
     return sorted((Shard(str(PurePosixPath(s).relative_to(root)), s) for s in shards), key=lambda shard: shard.name)
 

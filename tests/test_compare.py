@@ -356,7 +356,7 @@ def test_bad_input_is_one_sentence_before_any_work(
 
     assert "does not exist" in said("--model", tmp_path / "none", "--data", data)
     assert "has no config.json or projector.safetensors" in said("--model", data, "--data", data)
-    assert "holds nothing" in said("--model", a3, "--data", tmp_path / "nothing")
+    assert "nothing does not exist" in said("--model", a3, "--data", tmp_path / "nothing")
     assert "count is 1" in said("--model", a3, "--data", data, "--count", 1)
     assert "device is gpu; expected cpu or cuda" in said("--model", a3, "--data", data, "--device", "gpu")
     bad = tmp_path / "bad"
