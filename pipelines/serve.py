@@ -43,7 +43,7 @@ from pipelines.guard import Guard, Keys, error_response
 from pipelines.local import free_ports, is_alone, join_or_start
 from pipelines.machine import check_device
 from pipelines.openai import AnswerFormat, ApiError, ChatRequest
-from pipelines.stages import API_CPUS, SECONDS, Decoder, Grown, Job, ServeConfig, Stage, VisionEncoder
+from pipelines.stages import API_CPUS, SECONDS, Decoder, Grown, Job, ServeConfig, Stage, TooLong, VisionEncoder
 from pipelines.storage import fetch_model
 
 logger = logging.getLogger("ray.serve")
@@ -312,6 +312,8 @@ class Api:
 def api_error(error: BaseException) -> ApiError:
     """An error of the stages or on the way to them, as the client sees it."""
     cause = _cause(error)
+    if isinstance(cause, TooLong):
+        return ApiError(400, str(cause), "messages", "context_length_exceeded")
     if isinstance(cause, SampleError):
         return ApiError(400, str(cause))
     if isinstance(cause, BackPressureError):

@@ -20,7 +20,7 @@ from ray.util import metrics
 
 from artemis_vlm import chat, engines
 from artemis_vlm.engines import EngineConfig, EngineStats, ImageEmbedding, ImageEncoder, SamplingParams
-from artemis_vlm.errors import RunError
+from artemis_vlm.errors import RunError, SampleError
 from artemis_vlm.frozen import compute_dtype
 from artemis_vlm.graft import load_config, load_tokenizer
 from artemis_vlm.image import Patches, decode_image, patchify
@@ -142,6 +142,10 @@ class Grown:
     pieces: tuple[Piece, ...]
     usage: Usage
     finish_reason: str | None = None
+
+
+class TooLong(SampleError):
+    """A conversation and its answer do not fit the engine."""
 
 
 class Eyes:
@@ -282,9 +286,13 @@ class Decoder:
             tools=job.tools,
             max_images_per_turn=self.model_config.max_images_per_turn,
         )
+        room = self.engine.max_length - len(ids)
+        if room < (job.limit or 1):
+            limit = f" and max_tokens is {job.limit}; together they may be" if job.limit else "; with its answer it may have"
+            raise TooLong(f"the prompt has {len(ids)} tokens{limit} {self.engine.max_length}")
         thinks = self._thought_is_open(ids)
         sampling = SamplingParams(
-            max_tokens=job.limit or max(1, self.engine.max_length - len(ids)),
+            max_tokens=job.limit or room,
             temperature=job.temperature,
             top_p=job.top_p,
             seed=job.seed,

@@ -284,7 +284,8 @@ def test_sampling_stop_and_models(client: client_library.OpenAI) -> None:
     ("options", "says"),
     [
         ({"messages": turn("a", b"not an image")}, "are not a readable image"),
-        ({"messages": turn("a", picture()), "max_tokens": 5000}, "together they may be 600"),
+        ({"messages": turn("a", picture()), "max_tokens": 5000}, "max_tokens is 5000; together they may be 600"),
+        ({"messages": turn("a b " * 600), "max_tokens": None}, r"has \d+ tokens; with its answer it may have 600"),
         ({"messages": turn("a"), "logit_bias": {"1": 1}}, "logit_bias is not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a"}}]}]},
          "not a public web server"),
@@ -295,6 +296,7 @@ def test_bad_requests_are_told_so(client: client_library.OpenAI, options: dict[s
     with pytest.raises(client_library.BadRequestError, match=says) as error:
         ask(client, stream=stream, **options)
     assert error.value.body["type"] == "invalid_request_error"
+    assert (error.value.code == "context_length_exceeded") == ("600" in says)
     assert "Traceback" not in str(error.value)
 
 
