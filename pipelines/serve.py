@@ -98,7 +98,7 @@ class Api:
         app.add_route("/v1/chat/completions", self.chat, methods=["POST"])
         app.add_exception_handler(ApiError, lambda _, error: error_response(error))
         app.add_exception_handler(404, lambda *_: error_response(ApiError(404, "there is nothing at this path")))
-        app.add_exception_handler(405, lambda *_: error_response(ApiError(405, "this path has another method")))
+        app.add_exception_handler(405, _other_method)
         guarded = Guard(app, Keys(self.config.key_hashes), self.config.max_body_bytes, self.config.body_timeout_s)
         if os.path.isdir(self.doors):  # else the front is on another node
             self.door = Door(Path(self.doors), guarded)
@@ -307,6 +307,10 @@ class Api:
 
     def _model_card(self) -> dict[str, Any]:
         return {"id": self.config.model_name, "object": "model", "created": self.started, "owned_by": "artemis-vlm"}
+
+
+def _other_method(_: Request, error: Any) -> Response:
+    return error_response(ApiError(405, "this path has another method"), Allow=error.headers["Allow"])
 
 
 def api_error(error: BaseException) -> ApiError:
