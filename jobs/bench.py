@@ -65,9 +65,8 @@ def measure_model(what: str, *arguments: str) -> int:
     from pipelines import bench_caption, bench_serve
 
     kind: Any = bench_serve.BenchServe if what == "serve" else bench_caption.CaptionBench
-    config = tyro.cli(kind, prog=f"bench.py {what}", args=arguments)
     run: Any = bench_serve.run if what == "serve" else bench_caption.run
-    return exit_code(lambda: run(config))
+    return exit_code(lambda: run(tyro.cli(kind, prog=f"bench.py {what}", args=arguments)))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from pipelines.caption_stages import CaptionConfig
 
 
 def main(arguments: list[str]) -> int:
-    config = tyro.cli(CaptionConfig, prog="caption.py", description="Caption images, every one once.", args=arguments)
-    return exit_code(lambda: run(config))
+    description = "Caption images, every one once."
+    return exit_code(lambda: run(tyro.cli(CaptionConfig, prog="caption.py", description=description, args=arguments)))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from pipelines.stages import ServeConfig
 
 
 def main(arguments: list[str]) -> int:
-    config = tyro.cli(ServeConfig, prog="serve.py", description="Serve an A3 behind OpenAI's chat API.", args=arguments)
-    return exit_code(lambda: run(config))
+    description = "Serve an A3 behind OpenAI's chat API."
+    return exit_code(lambda: run(tyro.cli(ServeConfig, prog="serve.py", description=description, args=arguments)))
 
 
 if __name__ == "__main__":

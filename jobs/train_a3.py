@@ -26,6 +26,10 @@ RUNS = {
 
 
 def main(arguments: list[str]) -> int:
+    return exit_code(lambda: train(arguments))
+
+
+def train(arguments: list[str]) -> None:
     if not arguments or (arguments[0].startswith("--") and arguments[0] not in ("-h", "--help")):
         arguments = ["demo", *arguments]
     config: TrainConfig = tyro.extras.overridable_config_cli(
@@ -34,11 +38,7 @@ def main(arguments: list[str]) -> int:
         description="Align a projector between a frozen tower and a frozen decoder.",
         args=arguments,
     )
-    return exit_code(lambda: train(config, embedded=arguments[0] == "demo"))
-
-
-def train(config: TrainConfig, embedded: bool) -> None:
-    if embedded:  # here, since only the demo needs what `[demo]` installs
+    if arguments[0] == "demo":  # here, since only the demo needs what `[demo]` installs
         from demo import assets
 
         config = assets.fill_in(config)

@@ -30,6 +30,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 
 from artemis_vlm import graft, tensorfile
+from artemis_vlm.engines import engine_kind
 from artemis_vlm.errors import ArtemisError, RunError
 from artemis_vlm.frozen import compute_dtype
 from artemis_vlm.image import PREPROCESSOR_FILE
@@ -45,16 +46,19 @@ from pipelines.caption_stages import (
     Job,
     Pool,
     Work,
+    image_spec,
+    most_image_tokens,
     read_blocks,
 )
 from pipelines.feed import ShardSource
-from pipelines.local import join_or_start
+from pipelines.local import is_alone, join_or_start
+from pipelines.machine import check_device
 from pipelines.parts import CaptionRow, Collector, Layout, Output
 from pipelines.pictures import PictureShard, find_pictures, open_pictures
 from pipelines.report import CaptionSample, captions_page, duration
 from pipelines.shards import Shard
 from pipelines.shards import identity as data_identity
-from pipelines.storage import ModelFolder, fetch_model, is_remote, local_path
+from pipelines.storage import ModelFolder, fetch_model, is_inside, is_remote, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +99,16 @@ def prepare(config: CaptionConfig) -> tuple[Output, Job]:
     """The output, claimed for this run, and what is left to do.
 
     Raises:
-        ArtemisError: inputs or model are not there, or the output is another run's.
+        ArtemisError: inputs, model or what should compute are not there, or the output cannot be written, is another run's
+            or within the input.
     """
+    if is_inside(config.output, config.input):  # what is written would be input when the job continues
+        raise RunError(f"the output {config.output} lies inside the input {config.input}; choose a folder beside it")
+    check_device(config.device, here=is_alone())
+    if config.engine_kind == "vllm" and is_alone() and engine_kind("auto", "cuda") != "vllm":
+        raise RunError("the engine is vllm, which is not installed here; pip install 'artemis-vlm[vllm]'")
     model = fetch_model(config.model)
+    image_spec(config, model.path)
     shards = find_pictures(config.input, config.part_rows)
     output = Output(config.output, Layout([s.name for s in shards], SUFFIXES[config.format], config.part_rows))
     dtype = config.dtype
@@ -224,7 +235,7 @@ def _ahead_bytes(job: Job) -> int:
     """Between all stages: images, and the embeddings that the engines have before them."""
     folder = job.folder()
     spec, hidden = job.spec(folder), graft.load_config(folder).text_config.hidden_size
-    embedding: int = spec.max_pixels // spec.factor**2 * hidden * job.torch_dtype.itemsize
+    embedding: int = most_image_tokens(spec) * hidden * job.torch_dtype.itemsize
     return job.config.engine.max_size * (AHEAD_BYTES + 2 * job.in_flight * min(embedding, 16 << 20))
 
 
@@ -253,6 +264,7 @@ def collect(job: Job, output: Output, captioned: Iterator[pa.Table]) -> None:
             if row["row"] < 0:
                 if row["error"] is None:
                     collector.empty(row["shard"])
+                    progress.known[row["shard"]] = 0
                 else:
                     unread[shard] = row["error"]
                 continue
@@ -298,7 +310,7 @@ class Progress:
 
     def tell(self, last: bool = False) -> None:
         now = time.monotonic()
-        if not self.known or (now - self.told < PROGRESS_S and not last):
+        if not self.done or (now - self.told < PROGRESS_S and not last):
             return
         self.told = now
         unopened = len(self.skipped) - len(self.known)  # they count as the mean of the others

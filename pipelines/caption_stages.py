@@ -66,6 +66,8 @@ class Pool:
     def __post_init__(self) -> None:
         if not 1 <= self.min_size <= self.max_size:
             raise RunError(f"a pool has {self.min_size} to {self.max_size} actors; expected 1 or more, in order")
+        if min(self.num_cpus, self.num_gpus) < 0:
+            raise RunError(f"an actor takes {self.num_cpus:g} CPUs and {self.num_gpus:g} GPUs; expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,10 @@ class CaptionConfig:
             raise RunError(f"dtype is {self.dtype}; expected bfloat16, float32 or auto")
         if self.format not in SUFFIXES:
             raise RunError(f"format is {self.format}; expected {' or '.join(SUFFIXES)}")
+        if self.threads < 0:
+            raise RunError(f"threads is {self.threads}; expected at least 1, or 0 for the machine's cores")
         SamplingParams(self.max_tokens, self.temperature)
+        EngineConfig(kind=self.engine_kind, slots=self.slots, quantization=self.quantization, gpu_memory=self.gpu_memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +165,20 @@ class Job:
         return fetch_model(self.model).path
 
     def spec(self, folder: Path) -> ImageSpec:
-        return ImageSpec.load(folder).with_limits(None, self.config.max_pixels)
+        return image_spec(self.config, folder)
+
+
+def image_spec(config: CaptionConfig, folder: Path) -> ImageSpec:
+    """The checkpoint's, with the configuration's limit.
+
+    Raises:
+        RunError: the limit does not fit the checkpoint.
+    """
+    spec = ImageSpec.load(folder)
+    try:
+        return spec.with_limits(None, config.max_pixels)
+    except ValueError as error:
+        raise RunError(f"{error}; give more, or leave it to the checkpoint") from error
 
 
 def read_blocks(work: Work, part_rows: int, output_format: FORMAT) -> Iterator[pa.Table]:
@@ -313,14 +331,18 @@ class Caption:
 
 def engine_config(config: CaptionConfig, spec: ImageSpec, frame: chat.CaptionFrame) -> EngineConfig:
     """Slots as long as the largest image's prompt and the longest caption."""
-    image_tokens = spec.max_pixels // spec.factor**2
     return EngineConfig(
         slots=config.slots,
-        max_length=len(frame.prompt(image_tokens)) + config.max_tokens,
+        max_length=len(frame.prompt(most_image_tokens(spec))) + config.max_tokens,
         kind=config.engine_kind,
         quantization=config.quantization,
         gpu_memory=config.gpu_memory,
     )
+
+
+def most_image_tokens(spec: ImageSpec) -> int:
+    """Of any image: a narrow one may have more than `max_pixels` would hold."""
+    return spec.max_patches // spec.merge_size**2
 
 
 def set_threads(config: CaptionConfig) -> None:

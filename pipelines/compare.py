@@ -32,6 +32,7 @@ from artemis_vlm.modeling import normalize
 from pipelines.bootstrap import RESAMPLES, Array, draws
 from pipelines.data import Encoder, Position, permutation
 from pipelines.figures import FIGURES, Compared, Row, compare_figure, compared_json, shown
+from pipelines.machine import check_device
 from pipelines.names import Names
 from pipelines.shards import RawSample, find_shards, open_rows
 from pipelines.storage import RunFolder, fetch_model
@@ -76,6 +77,7 @@ class CompareConfig:
             raise RunError(f"count is {self.count}; at least 2 samples are needed, so that images can be exchanged")
         if self.max_new_tokens < 1:
             raise RunError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        check_device(self.device)
         if self.dtype not in ("bfloat16", "float32", "auto"):
             raise RunError(f"dtype is {self.dtype}; expected bfloat16, float32 or auto")
 
@@ -364,10 +366,7 @@ def compare(config: CompareConfig, say: Callable[[str], None] = print) -> Compar
     names = Names.load(Path(config.names)) if config.names else None
     entrants = find_entrants(config.model, config.prompt)
     sets = find_sets(config.data, config.count, entrants[0].encoder)
-    try:
-        RunFolder(config.output).discard()
-    except OSError as error:
-        raise RunError(f"nothing can be written to {config.output}: {error}") from error
+    RunFolder(config.output).discard()  # says if nothing can be written there
     rows: list[list[list[Row]]] = [[] for _ in sets]  # by set, model, sample
     for entrant in entrants:
         say(f"{entrant.name}: loading")

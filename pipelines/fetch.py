@@ -46,7 +46,7 @@ NOT_PUBLIC: Final = tuple(
     )
 )
 _GLOBAL_V6: Final = ipaddress.IPv6Network("2000::/3")
-_HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9.])?")
+_HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,10 @@ class Fetcher:
             raise SampleError(f"the image URL did not answer within {self.config.timeout_s:g} s") from error
         except (OSError, h11.RemoteProtocolError, asyncio.IncompleteReadError) as error:
             raise SampleError("the image URL could not be fetched: the connection failed") from error
+        except SampleError:
+            raise
+        except ValueError as error:  # of the resolver, for labels that no name has, and of joining a redirect
+            raise SampleError("the image URL is not a URL: its host, or where it redirects to, is malformed") from error
 
     async def _follow(self, url: str) -> bytes:
         secure = False
@@ -184,7 +188,7 @@ def parse_url(url: str) -> SplitResult:
     except ValueError as error:
         raise SampleError("the image URL is not a URL") from error
     if parts.scheme not in PORTS:
-        raise SampleError(f"the image URL's scheme is {parts.scheme[:20]!r}; expected http, https or data")
+        raise SampleError(f"the image URL's scheme is {parts.scheme[:20]!r}; expected http or https")
     if "@" in parts.netloc or port not in (None, PORTS[parts.scheme]):
         raise SampleError("the image URL names a user or a port; neither is allowed")
     host = parts.hostname or ""

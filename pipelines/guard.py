@@ -26,8 +26,8 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def error_response(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status, headers=error.headers())
+def error_response(error: ApiError, **headers: str) -> Response:
+    return JSONResponse(error.body(), error.status, headers=error.headers() | headers)
 
 
 class Keys:

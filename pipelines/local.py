@@ -43,6 +43,11 @@ class LocalCluster:
     pid: int
 
 
+def is_alone() -> bool:
+    """Whether `join_or_start` will start Ray, so that this machine is all that there is to compute on."""
+    return not ray.is_initialized() and "RAY_ADDRESS" not in os.environ
+
+
 def join_or_start(num_cpus: int = 4) -> None:
     """Connects to the cluster that `RAY_ADDRESS` names, as in a submitted job, or to one that ends with this process.
 
@@ -51,7 +56,7 @@ def join_or_start(num_cpus: int = 4) -> None:
     """
     if ray.is_initialized():
         return
-    if "RAY_ADDRESS" in os.environ:
+    if not is_alone():
         ray.init(log_to_driver=False)
         return
     # Its workers take their environment from here, and must find this project wherever the process was started.

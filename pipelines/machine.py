@@ -1,4 +1,4 @@
-"""What a run or a figure was made on, for its record."""
+"""What a run or a figure is made on: whether it is there, and what its record says of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,20 @@ from typing import Any, Final
 
 import torch
 
+from artemis_vlm.errors import RunError
+
 PACKAGES: Final = ("artemis-vlm", "torch", "transformers", "ray", "pillow", "numpy")
+
+
+def check_device(device: str, here: bool = True) -> None:
+    """Raises RunError where torch does not know a device, or if it is to be `here`, does not find it."""
+    try:
+        wanted = torch.device(device)
+        there = torch.get_device_module(wanted).device_count()
+    except (RuntimeError, AttributeError) as error:
+        raise RunError(f"device is {device}; expected cpu or cuda") from error
+    if here and (wanted.index or 0) >= there:
+        raise RunError(f"device is {device}, of which torch finds {there} on this machine; give another, such as cpu")
 
 
 def machine(device: torch.device | str, **more: Any) -> dict[str, Any]:

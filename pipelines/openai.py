@@ -1,6 +1,6 @@
 """OpenAI's chat protocol: what a request may hold, and how answers and errors look. Knows neither Ray nor the model.
 
-A field that this server does not support is an error with the field's name, never ignored.
+A field that this server does not support is an error with the field's name, never ignored, unless it asks for nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from artemis_vlm.errors import ArtemisError, SampleError
 
 MAX_MESSAGES: Final = 256
 MAX_IMAGES: Final = 8
+#: Fields that are not supported, at the values that ask for nothing.
+IDLE: Final[dict[str, Any]] = {
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logprobs": False,
+    "response_format": {"type": "text"},
+    "parallel_tool_calls": True,
+}
 _DATA_URI: Final = re.compile(r"data:image/(?:jpeg|jpg|png|webp|gif);base64,", re.IGNORECASE)
 
 
@@ -44,6 +52,12 @@ class ApiError(ArtemisError):
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, fields: Any) -> Any:
+        """A field that is null is one that is not there, as clients send what nobody set."""
+        return {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
 
 
 class ImageUrl(_Strict):
@@ -120,6 +134,14 @@ class ChatRequest(_Strict):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
     user: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_idle(cls, fields: Any) -> Any:
+        """Other values of these fields are refused, as fields that are not known."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if name not in IDLE or value != IDLE[name]}
+
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -185,7 +207,7 @@ def _check_images(request: ChatRequest) -> None:
     urls = request.image_urls()
     if len(urls) > MAX_IMAGES:
         raise ApiError(400, f"the messages hold {len(urls)} images; the limit is {MAX_IMAGES}", "messages")
-    if urls and request.tools:
+    if urls and request.plain_tools():
         raise ApiError(400, "tools are for requests without images", "tools")
 
 

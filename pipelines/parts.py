@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from artemis_vlm.errors import RunError
-from pipelines.storage import is_remote, local_path, retried, write_whole
+from pipelines.storage import each, is_remote, local_path, retried, write_whole, writing
 
 #: Hidden, so that readers of the folder as a data set pass over them.
 RUN_FILE: Final = ".run.json"
@@ -127,19 +127,21 @@ class Store:
         return {posixpath.relpath(path, self._root) for path in found}
 
     def read(self, names: Sequence[str]) -> dict[str, bytes]:
-        paths = {name: posixpath.join(self._root, name) for name in names}
-        if not paths:
-            return {}
-        found = retried(f"the output {self.uri} could not be read", lambda: self._files.cat(list(paths.values())))
-        return {name: found[path] for name, path in paths.items()}
+        return dict(zip(names, each(self._read, names)))
+
+    def _read(self, name: str) -> bytes:
+        path = posixpath.join(self._root, name)
+        data: bytes = retried(f"{self.uri}/{name} could not be read", lambda: self._files.cat_file(path))
+        return data
 
     def write(self, name: str, text: str) -> None:
         if self.remote:
             self._retried(name, lambda: self._files.pipe_file(posixpath.join(self._root, name), text.encode()))
             return
         path = Path(self._root, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        with writing(self.uri):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)
 
     def put(self, name: str, source: IO[bytes]) -> None:
         """Writes a file with an open one's content."""
@@ -150,15 +152,17 @@ class Store:
                 self._retried(name, lambda: self._files.put_file(copy.name, posixpath.join(self._root, name)))
             return
         path = Path(self._root, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}-writing")
-        with aside.open("wb") as out:
-            _copy(source, out)
-            os.fsync(out.fileno())
-        aside.replace(path)
+        with writing(self.uri):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as out:
+                _copy(source, out)
+                os.fsync(out.fileno())
+            aside.replace(path)
 
     def _retried(self, name: str, attempt: Any) -> None:
-        retried(f"{self.uri}/{name} could not be written", attempt)
+        with writing(self.uri):  # such as a bucket that is not there
+            retried(f"{self.uri}/{name} could not be written", attempt)
 
     def open(self, name: str) -> Any:
         return self._files.open(posixpath.join(self._root, name), "rb")

@@ -6,9 +6,10 @@ One `PictureShard` is one unit of reading. Knows nothing of what is done with th
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Protocol, TypeVar
@@ -16,14 +17,22 @@ from typing import Any, Final, Protocol, TypeVar
 import fsspec
 
 from artemis_vlm.errors import RunError
-from pipelines.shards import IMAGE_EXTENSIONS, Shard, TarRows, image_bytes, list_files, opened, read_table, shards_among
-from pipelines.storage import is_remote, retried
+from pipelines.shards import (
+    IMAGE_EXTENSIONS,
+    Shard,
+    TarRows,
+    image_bytes,
+    list_files,
+    opened,
+    read_table,
+    shards_among,
+    spelled,
+)
+from pipelines.storage import FILES_AT_ONCE, each, is_remote, retried
 
 T = TypeVar("T")
 
 FILE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif")
-#: Plain files that are asked for at once, where asking takes long.
-FILES_AT_ONCE: Final = 32
 #: How image files begin, for those that have lost their names.
 MAGIC: Final = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"))
 
@@ -96,7 +105,7 @@ class TarPictures(TarRows):
             key, files, error = self.files(row)
             images = [extension for extension in files if extension in IMAGE_EXTENSIONS]
             if not error and len(images) != 1:
-                error = f"the sample has {len(images)} images: found {', '.join(files) or 'nothing'}, expected one"
+                error = f"the sample has {len(images)} images: found {spelled(files)}, expected one"
             yield Picture(key, b"" if error else files[images[0]], error=error, files=files)
 
 
@@ -131,22 +140,17 @@ class FilePictures:
         return len(self.shard.files)
 
     def read(self, rows: Iterable[int]) -> Iterator[Picture]:
+        files, root = fsspec.core.url_to_fs(self.shard.uri)
         for some in _batched(rows, FILES_AT_ONCE):
             names = [self.shard.files[row] for row in some]
-            for name, data in zip(names, self._read(names)):
+            read = partial(_file, files, root)
+            for name, data in zip(names, each(read, names) if is_remote(self.shard.uri) else map(read, names)):
                 yield Picture(name, data) if isinstance(data, bytes) else Picture(name, error=data)
 
-    def _read(self, names: Sequence[str]) -> list[bytes | str]:
-        """The bytes of each file, or why there are none."""
-        files, root = fsspec.core.url_to_fs(self.shard.uri)
-        paths = {name: posixpath.join(root, name) for name in names}
-        found: dict[str, Any] = {}
-        if is_remote(self.shard.uri):  # at once, since each takes its time; what fails is asked for again by itself
-            found = files.cat(list(paths.values()), on_error="omit")
-        return [found.get(path) or _file(files, path, name) for name, path in paths.items()]
 
-
-def _file(files: Any, path: str, name: str) -> bytes | str:
+def _file(files: Any, root: str, name: str) -> bytes | str:
+    """The bytes of a file, or why there are none."""
+    path = posixpath.join(root, name)
     try:
         data: bytes = retried(f"the file {name} could not be read", lambda: files.cat_file(path))
     except FileNotFoundError:

@@ -40,9 +40,10 @@ from pipelines.door import Door, Doors
 from pipelines.fetch import FetchConfig, Fetcher
 from pipelines.front import Front, FrontConfig, Refusal
 from pipelines.guard import Guard, Keys, error_response
-from pipelines.local import free_ports, join_or_start
+from pipelines.local import free_ports, is_alone, join_or_start
+from pipelines.machine import check_device
 from pipelines.openai import AnswerFormat, ApiError, ChatRequest
-from pipelines.stages import API_CPUS, SECONDS, Decoder, Grown, Job, ServeConfig, Stage, VisionEncoder
+from pipelines.stages import API_CPUS, SECONDS, Decoder, Grown, Job, ServeConfig, Stage, TooLong, VisionEncoder
 from pipelines.storage import fetch_model
 
 logger = logging.getLogger("ray.serve")
@@ -97,7 +98,7 @@ class Api:
         app.add_route("/v1/chat/completions", self.chat, methods=["POST"])
         app.add_exception_handler(ApiError, lambda _, error: error_response(error))
         app.add_exception_handler(404, lambda *_: error_response(ApiError(404, "there is nothing at this path")))
-        app.add_exception_handler(405, lambda *_: error_response(ApiError(405, "this path has another method")))
+        app.add_exception_handler(405, _other_method)
         guarded = Guard(app, Keys(self.config.key_hashes), self.config.max_body_bytes, self.config.body_timeout_s)
         if os.path.isdir(self.doors):  # else the front is on another node
             self.door = Door(Path(self.doors), guarded)
@@ -308,9 +309,15 @@ class Api:
         return {"id": self.config.model_name, "object": "model", "created": self.started, "owned_by": "artemis-vlm"}
 
 
+def _other_method(_: Request, error: Any) -> Response:
+    return error_response(ApiError(405, "this path has another method"), Allow=error.headers["Allow"])
+
+
 def api_error(error: BaseException) -> ApiError:
     """An error of the stages or on the way to them, as the client sees it."""
     cause = _cause(error)
+    if isinstance(cause, TooLong):
+        return ApiError(400, str(cause), "messages", "context_length_exceeded")
     if isinstance(cause, SampleError):
         return ApiError(400, str(cause))
     if isinstance(cause, BackPressureError):
@@ -376,8 +383,9 @@ def build_app(config: ServeConfig, doors: str = "") -> Any:
         doors: folder in which an Api on the front's node opens its door.
 
     Raises:
-        CheckpointError: no such model; a server that runs stays as it is.
+        ArtemisError: no such model or device; a server that runs stays as it is.
     """
+    check_device(config.device, here=is_alone())
     load_config(fetch_model(config.model).path)
     decoder = _sized(Decoder, config, config.decoder_stage).bind(config)
     stages = [decoder] if config.colocate else [decoder, _sized(VisionEncoder, config, config.encoder_stage).bind(config)]

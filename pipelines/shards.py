@@ -30,7 +30,7 @@ from pipelines.tar_index import TarIndex, index_of, read_at
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-IMAGE_EXTENSIONS: Final = frozenset({"jpg", "jpeg", "png", "webp"})
+IMAGE_EXTENSIONS: Final = frozenset({"jpg", "jpeg", "png", "webp", "gif"})
 #: A caption that was written here goes before the one that came with the image.
 TEXT_EXTENSIONS: Final = ("caption.txt", "txt")
 SHARD_SUFFIXES: Final = (".tar", ".parquet", ".arrow")
@@ -82,8 +82,10 @@ def shards_among(uri: str, files: Sequence[str]) -> list[Shard]:
     files = [f for f in files if not splits or f.startswith(tuple(f"{place}/train/" for place in splits))]
     shards = [f for f in files if _is_shard(PurePosixPath(f))]
     if not shards:
-        what = f"{len(files)} files, none of them a shard" if files else "nothing"
-        raise RunError(f"the data {uri} holds {what}; expected .tar (WebDataset) or .parquet files, or a saved dataset")
+        what = f"holds {len(files)} files, none of them a shard" if files else "holds nothing"
+        if not (files or is_remote(uri) or glob.has_magic(uri) or local_path(uri).exists()):
+            what = "does not exist"
+        raise RunError(f"the data {uri} {what}; expected .tar (WebDataset) or .parquet files, or a saved dataset")
     root = posixpath.commonpath([posixpath.dirname(f) for f in shards])
     return sorted((Shard(str(PurePosixPath(s).relative_to(root)), s) for s in shards), key=lambda shard: shard.name)
 
@@ -249,8 +251,7 @@ class TarRows:
         if error := self.index.errors.get(key):
             return RawSample(uid, error=error)
         if len(images) != 1 or text is None:
-            found = ", ".join(parts)
-            return RawSample(uid, error=f"the pair is not whole: found {found}, expected an image and txt")
+            return RawSample(uid, error=f"the pair is not whole: found {spelled(parts)}, expected an image and txt")
         return RawSample(uid, read_at(self.file, *parts[images[0]]), read_at(self.file, *parts[text]))
 
     def files(self, index: int) -> tuple[str, dict[str, bytes], str]:
@@ -258,6 +259,11 @@ class TarRows:
         key = self._keys[index]
         files = {e: read_at(self.file, *at) for e, at in self.index.samples[key].items()}
         return key, files, self.index.errors.get(key, "")
+
+
+def spelled(extensions: Iterable[str]) -> str:
+    """A sample's files, for what is said of it."""
+    return ", ".join(extension or "a file without an extension" for extension in extensions) or "nothing"
 
 
 class TableRows:

@@ -20,7 +20,7 @@ from ray.util import metrics
 
 from artemis_vlm import chat, engines
 from artemis_vlm.engines import EngineConfig, EngineStats, ImageEmbedding, ImageEncoder, SamplingParams
-from artemis_vlm.errors import RunError
+from artemis_vlm.errors import RunError, SampleError
 from artemis_vlm.frozen import compute_dtype
 from artemis_vlm.graft import load_config, load_tokenizer
 from artemis_vlm.image import Patches, decode_image, patchify
@@ -50,6 +50,11 @@ class Stage:
     def __post_init__(self) -> None:
         if not 1 <= self.min_replicas <= self.max_replicas:
             raise RunError(f"replicas are {self.min_replicas} to {self.max_replicas}; expected 1 or more, in order")
+        if min(self.num_cpus, self.num_gpus) < 0 or not self.target_ongoing > 0:
+            raise RunError(
+                f"a replica takes {self.num_cpus:g} CPUs, {self.num_gpus:g} GPUs and {self.target_ongoing:g} requests; "
+                "expected 0 or more of the first two and above 0 of the last"
+            )
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,13 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise RunError(f"dtype is {self.dtype}; expected auto or one of torch's, such as float32")
+        for name in ("api_replicas", "max_requests", "max_body_bytes", "body_timeout_s", "deadline_s"):
+            if not getattr(self, name) > 0:
+                raise RunError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.cache_bytes < 0:
+            raise RunError(f"cache_bytes is {self.cache_bytes}; it must be at least 0")
+        if not 0 < self.port < 2**16:
+            raise RunError(f"port is {self.port}; expected 1 to {2**16 - 1}")
         if any(len(h) != 64 or set(h) - set("0123456789abcdef") for h in self.key_hashes):
             raise RunError("key_hashes must be sha256 sums in hex: printf %s KEY | sha256sum")
         if not self.key_hashes and not is_loopback(self.host):
@@ -130,6 +142,10 @@ class Grown:
     pieces: tuple[Piece, ...]
     usage: Usage
     finish_reason: str | None = None
+
+
+class TooLong(SampleError):
+    """A conversation and its answer do not fit the engine."""
 
 
 class Eyes:
@@ -270,9 +286,13 @@ class Decoder:
             tools=job.tools,
             max_images_per_turn=self.model_config.max_images_per_turn,
         )
+        room = self.engine.max_length - len(ids)
+        if room < (job.limit or 1):
+            limit = f" and max_tokens is {job.limit}; together they may be" if job.limit else "; with its answer it may have"
+            raise TooLong(f"the prompt has {len(ids)} tokens{limit} {self.engine.max_length}")
         thinks = self._thought_is_open(ids)
         sampling = SamplingParams(
-            max_tokens=job.limit or max(1, self.engine.max_length - len(ids)),
+            max_tokens=job.limit or room,
             temperature=job.temperature,
             top_p=job.top_p,
             seed=job.seed,

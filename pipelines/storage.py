@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import posixpath
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar
 
 import fsspec
@@ -29,6 +32,8 @@ T = TypeVar("T")
 
 #: Tries of anything that a store may refuse for a moment, with pauses of 1, 2, 4 seconds between them.
 ATTEMPTS: Final = 4
+#: Small files that a store is asked for at once.
+FILES_AT_ONCE: Final = 32
 #: What a model folder needs; anything else (pickles above all) is not even fetched.
 MODEL_FILES: Final = ("*.json", "*.safetensors", "*.jinja")
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
@@ -54,6 +59,16 @@ def is_remote(uri: str) -> bool:
 
 def local_path(uri: str) -> Path:
     return Path(uri.removeprefix("file://")).expanduser().absolute()
+
+
+def is_inside(uri: str, folder: str) -> bool:
+    """Whether a place is a folder or lies in it, links and `..` followed; neither has to be there."""
+    if is_remote(uri) != is_remote(folder):
+        return False
+    if not is_remote(uri):
+        return local_path(uri).resolve().is_relative_to(local_path(folder).resolve())
+    (scheme, _, place), (other, _, root) = uri.partition("://"), folder.partition("://")
+    return scheme == other and PurePosixPath(posixpath.normpath(place)).is_relative_to(posixpath.normpath(root))
 
 
 def is_hub_id(uri: str) -> bool:
@@ -83,6 +98,15 @@ def retried(failure: str, attempt: Callable[[], T]) -> T:
             logger.warning("%s, attempt %d: %s", failure, number, error)
         time.sleep(0.5 * 2**number)
         number += 1
+
+
+def each(read: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    """What `read` gives for each name, many at once, since asking a store takes long.
+
+    One by one and not by fsspec's `cat` of many, which takes names with `[`, `*` or `?` for patterns.
+    """
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        return list(pool.map(read, names))
 
 
 def fetch(files: Any, remote: str, target: Path) -> tuple[int, str | None]:
@@ -169,7 +193,8 @@ class RunFolder:
         if not self.uri:
             raise RunError("the run has no output; give a folder or an s3:// URI")
         local = Path(tempfile.mkdtemp(prefix="artemis-run-")) if self.remote else local_path(self.uri)
-        local.mkdir(parents=True, exist_ok=True)
+        with writing(self.uri):
+            local.mkdir(parents=True, exist_ok=True)
         object.__setattr__(self, "path", local)
 
     @property
@@ -209,6 +234,16 @@ class RunFolder:
         """Removes the local folder of a remote output."""
         if self.remote:
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextmanager
+def writing(place: str) -> Iterator[None]:
+    """What the system says of a place that cannot be written, as a RunError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RunError(f"the output {place} cannot be written: {reason}; make room there, or choose another") from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 from artemis_vlm import graft
 from artemis_vlm.errors import CheckpointError, RunError
 from pipelines.compare import load_a3
+from pipelines.machine import check_device
 from pipelines.storage import fetch_model
 
 #: Logits are equal to the bit where both run the same kernels; others may round otherwise.
@@ -42,6 +43,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise RunError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        check_device(self.device)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,12 +31,14 @@ from PIL import Image
 from samples import caption_encoder, jpeg, write_tar
 from transformers import PreTrainedTokenizerBase
 
-from artemis_vlm import RunError, graft
-from artemis_vlm.image import ImageSpec
+from artemis_vlm import RunError, chat, graft
+from artemis_vlm.image import ImageSpec, patchify
+from jobs.caption import main
 from pipelines import bench_caption, caption, data, fetch, parts, pictures
-from pipelines.caption_stages import CaptionConfig
+from pipelines.caption_stages import CaptionConfig, engine_config
 from pipelines.parts import CaptionRow, Layout, Output
 from pipelines.shards import find_shards, open_rows
+from pipelines.storage import is_inside
 
 ROOT = Path(__file__).parent.parent
 NEW = 12
@@ -165,6 +168,66 @@ def test_another_run_in_the_same_output_is_refused(
     assert "is complete: 75 rows, 1 without a caption" in capsys.readouterr().out
 
 
+def test_the_slots_are_long_enough_for_narrow_images(base: CaptionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    frame = chat.CaptionFrame.build(tokenizer, base.prompt, False)
+    for size in ((2000, 10), (10, 2000), (64, 64)):
+        spec = ImageSpec(max_pixels=64 * 64)
+        tokens = spec.tokens(patchify(Image.new("RGB", size), spec).grid)
+        assert engine_config(base, spec, frame).max_length >= len(frame.prompt(tokens)) + base.max_tokens
+
+
+@pytest.mark.parametrize(
+    ("folder", "output"),
+    [("in", "in"), ("in/", "in/out"), ("in", "beside/../in/out"), ("in", "file://{}/in/out"), ("in", "link/out"),
+     ("s3://b/in", "s3://b/in/"), ("s3://b", "s3://b/x/out")],
+)  # fmt: skip
+def test_an_output_inside_the_input_is_refused(
+    base: CaptionConfig, folder: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Path("link").symlink_to("in")
+    with pytest.raises(RunError, match=r"lies inside the input .*; choose a folder beside it"):
+        caption.prepare(replace(base, model="none", input=folder, output=output.format(tmp_path)))
+    for beside in ("in-captioned", "s3://b/in-captioned", "in/../out"):
+        assert not is_inside(beside, "in")
+        assert not is_inside(beside, "s3://b/in")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--max-tokens 0", "max_tokens is 0; it must be at least 1"),
+        ("--engine.min-size 2", "a pool has 2 to 1 actors"),
+        ("--encode.num-gpus -1", "expected 0 or more"),
+        ("--threads -1", "threads is -1"),
+        ("--gpu-memory 2", "gpu_memory is 2.0"),
+        ("--fetch.timeout-s 0", "must be above 0"),
+        ("--max-pixels 10", "max_pixels is 10; it must reach"),
+        ("--device gpu", "device is gpu; expected cpu or cuda"),
+        ("--device cuda:99", "device is cuda:99, of which torch finds "),
+        ("--engine-kind vllm", "the engine is vllm, which is not installed here"),
+        ("--output /proc/x", "the output /proc/x cannot be written: No such file or directory"),
+        ("--output {model}/config.json", "cannot be written: "),
+    ],
+)
+def test_bad_options_are_one_sentence_before_any_work(
+    base: CaptionConfig,
+    flags: str,
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(caption, "engine_kind", lambda *_: "transformers")
+    monkeypatch.setattr(caption, "collect", lambda *_: pytest.fail("it has begun"))
+    line = ["--model", base.model, "--input", base.input, "--output", str(tmp_path / "out")]
+    assert main([*line, *flags.format(model=base.model).split()]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err.startswith("error: ")) == ("", 1, True), err
+    assert says in err
+
+
 def test_webdataset_out_is_training_data(
     base: CaptionConfig, clean: tuple[CaptionConfig, dict[str, Any]], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -214,6 +277,8 @@ def test_plain_files_tables_and_urls(
     assert (manifest["rows"], manifest["failed"]) == (5, 1)
     rows = rows_of(config.output, "tar")
     assert [r.key for r in rows] == ["a.gif", "b.png", "deep/0.jpg", "deep/1.jpg", "deep/2.jpg"]
+    with open_rows(find_shards(config.output)[0]) as found:
+        assert (found[0].image, found[0].error) == ((folder / "a.gif").read_bytes(), "")
 
     images = [{"bytes": jpeg(0), "path": None}, {"bytes": None, "path": None}]
     pq.write_table(pa.table({"image": images}), tmp_path / "t.parquet")
@@ -234,6 +299,19 @@ def test_plain_files_tables_and_urls(
     (tmp_path / "files" / "x.tar").touch()
     with pytest.raises(RunError, match="both shards and 5 plain image files"):
         pictures.find_pictures(str(folder), 2)
+
+
+def test_remote_files_whose_names_are_patterns() -> None:
+    files = fsspec.filesystem("memory")
+    for name in ("a[1].jpg", "b[2].jpg"):
+        files.pipe_file(f"/pictures/{name}", name.encode())
+    (shard,) = pictures.find_pictures("memory://pictures", 10)
+    files.rm_file("/pictures/b[2].jpg")
+    with pictures.open_pictures(shard) as found:
+        assert [(p.key, p.image, p.error) for p in found.read(range(2))] == [
+            ("a[1].jpg", b"a[1].jpg", ""),
+            ("b[2].jpg", b"", "the file b[2].jpg is gone"),
+        ]
 
 
 @pytest.fixture
@@ -264,23 +342,30 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[str, str]]:
         web.shutdown()
 
 
-def test_a_shard_that_cannot_be_read_stops_no_other(base: CaptionConfig, tmp_path: Path) -> None:
+def test_a_shard_that_cannot_be_read_stops_no_other(
+    base: CaptionConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor do names that are patterns elsewhere."""
     folder = tmp_path / "in"
     folder.mkdir()
-    write_tar(folder / "a.tar", [(f"{n}", {"jpg": jpeg(n)}) for n in range(3)])
+    write_tar(folder / "a[1].tar", [(f"{n}", {"jpg": jpeg(n)}) for n in range(3)])
     (folder / "b.parquet").write_bytes(b"no table")
     write_tar(folder / "c.tar", [])
-    config = replace(base, input=str(folder), output=str(tmp_path / "out"))
-    with pytest.raises(RunError, match=r"1 of 3 shards could not be read, b\.parquet among .*run the same command again"):
+    write_tar(folder / "d.tar", [("0", {"": jpeg(0)})])
+    config = replace(base, input=str(folder), output=str(tmp_path / "out[1]*?"))
+    with pytest.raises(RunError, match=r"1 of 4 shards could not be read, b\.parquet among .*run the same command again"):
         bench_caption.in_process(config)
-    assert not (tmp_path / "out" / "_SUCCESS").exists()
-    assert len(rows_of(config.output)) == 3
+    assert not (tmp_path / "out[1]*?" / "_SUCCESS").exists()
+    assert len(rows_of(config.output)) == 4
+    assert "4 of about 5 rows" in capsys.readouterr().out.splitlines()[-1], "an empty shard is known"
     pq.write_table(pa.table({"image": [jpeg(9)]}), folder / "b.parquet")
     manifest = bench_caption.in_process(config)
+    assert manifest["errors"] == {"the sample has 0 images: found a file without an extension, expected one": 1}
     assert {part: p["rows"] for part, p in manifest["parts"].items()} == {
-        "a-00000-of-00001.parquet": 3,
+        "a[1]-00000-of-00001.parquet": 3,
         "b-00000-of-00001.parquet": 1,
         "c-00000-of-00001.parquet": 0,
+        "d-00000-of-00001.parquet": 1,
     }
 
 
@@ -393,7 +478,7 @@ def bucket() -> Iterator[Mapping[str, str]]:
 
 def test_a_store_sees_what_others_write(bucket: Mapping[str, str]) -> None:
     """On S3, from another process: what a listing of before does not have can be read, and is listed next time."""
-    store = parts.Store("s3://captions/out")
+    store = parts.Store("s3://captions/out[1]*")
     store.write(f"{parts.NOTES}/a", "1")
     assert store.names() == {f"{parts.NOTES}/a"}
     write = "import sys; from pipelines.parts import Store; Store(sys.argv[1]).write('_SUCCESS', 'x')"

@@ -356,8 +356,9 @@ def test_bad_input_is_one_sentence_before_any_work(
 
     assert "does not exist" in said("--model", tmp_path / "none", "--data", data)
     assert "has no config.json or projector.safetensors" in said("--model", data, "--data", data)
-    assert "holds nothing" in said("--model", a3, "--data", tmp_path / "nothing")
+    assert "nothing does not exist" in said("--model", a3, "--data", tmp_path / "nothing")
     assert "count is 1" in said("--model", a3, "--data", data, "--count", 1)
+    assert "device is gpu; expected cpu or cuda" in said("--model", a3, "--data", data, "--device", "gpu")
     bad = tmp_path / "bad"
     bad.mkdir()
     write_tar(bad / "a.tar", [("1", {"jpg": jpeg(), "txt": "a"}), ("2", {"jpg": b"no", "txt": "b"})])
@@ -375,7 +376,7 @@ def test_bad_input_is_one_sentence_before_any_work(
     (alone / graft.MANIFEST_FILE).write_text(json.dumps(manifest))
     assert "gone does not exist" in said("--model", alone, "--data", data)
     (tmp_path / "file").write_text("")
-    assert "nothing can be written" in said("--model", a3, "--data", data, output=tmp_path / "file" / "x")
+    assert "cannot be written: Not a directory" in said("--model", a3, "--data", data, output=tmp_path / "file" / "x")
     assert "holds a qwen3_vl model" in said("--model", json.loads(_config(small))["vision_tower"], "--data", data)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")

@@ -468,8 +468,10 @@ def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
 def test_data_that_cannot_be_used_is_told_in_a_sentence(tmp_path: Path, encoder: Encoder) -> None:
     with pytest.raises(RunError, match=r"holds nothing; expected \.tar"):
         find_shards(str(tmp_path))
-    with pytest.raises(RunError, match=r"holds nothing; expected \.tar"):
+    with pytest.raises(RunError, match=r"missing does not exist; expected \.tar"):
         find_shards(str(tmp_path / "missing"))
+    with pytest.raises(RunError, match=r"missing\* holds nothing; expected \.tar"):
+        find_shards(str(tmp_path / "missing*"))
     (tmp_path / "notes.md").write_text("-")
     with pytest.raises(RunError, match="holds 1 files, none of them a shard"):
         find_shards(str(tmp_path))

@@ -134,7 +134,6 @@ def test_addresses_that_are_not_public(address: str) -> None:
         "gopher://good.example/",
         "javascript:alert(1)",
         "http://-good.example/",
-        "http://good_example/",
         "http://good%2eexample/",
         "",
     ],
@@ -160,6 +159,12 @@ def test_other_spellings_of_loopback(host: str) -> None:
         asyncio.run(main())
 
 
+@pytest.mark.parametrize("host", ["a..b.example", f"{'a' * 64}.example"])
+def test_names_that_no_resolver_asks_for(host: str) -> None:
+    with pytest.raises(SampleError, match="the image URL is not a URL"):
+        asyncio.run(Fetcher(FetchConfig()).fetch(f"http://{host}/x.jpg"))
+
+
 def test_the_checked_address_is_dialled_and_the_name_is_asked_once() -> None:
     """A name that changes its address between check and use gains nothing."""
     web = Web({"/a%20b?c=d": response()})
@@ -183,6 +188,9 @@ def test_every_redirect_is_checked_anew() -> None:
     web = Web({"/1": response(b"", "302 Found", Location="file:///etc/passwd"), "/2": response(b"", "302 Found")})
     refused(web, "http://a.example/1", "scheme is 'file'")
     refused(web, "http://a.example/2", "redirects to nowhere")
+    for where in ("http://[bad/x", "//["):
+        web.answers["/1"] = response(b"", "302 Found", Location=where)
+        refused(web, "http://a.example/1", "is not a URL: its host, or where it redirects to, is malformed")
 
 
 def test_domains_and_the_switch() -> None:
@@ -285,4 +293,7 @@ def certificates(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContex
 def test_urls_keep_their_parts() -> None:
     parts = parse_url("https://a.example/p/q.png?x=1&y=%22#z")
     assert (parts.hostname, parts.path, parts.query) == ("a.example", "/p/q.png", "x=1&y=%22")
+    assert parse_url("http://my_bucket.a.example/x").hostname == "my_bucket.a.example"
+    with pytest.raises(SampleError, match=r"scheme is 'data'; expected http or https$"):
+        parse_url("data:image/png;base64,AAAA")
     assert parse_url("http://[2606:4700::1111]/x").hostname == "2606:4700::1111"

@@ -29,6 +29,7 @@ from artemis_vlm import ArtemisVLMForConditionalGeneration, RunError, SampleErro
 from artemis_vlm.engines import EngineConfig
 from artemis_vlm.image import decode_image, patchify
 from artemis_vlm.modeling import normalize
+from jobs.serve import main
 from pipelines import openai, serve, stages
 from pipelines.local import free_ports
 from pipelines.openai import AnswerFormat, AnswerParser, ApiError, Piece, Usage
@@ -45,6 +46,10 @@ NEW = 12
     [
         ({"logprobs": True}, "logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"presence_penalty": -1}, "presence_penalty"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"messages": None}, "messages"),
         ({"n": 2}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "3"}, "max_tokens"),
@@ -72,6 +77,24 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], param: str) -> 
     assert error.value.status == 400
     assert error.value.param == param
     assert set(error.value.body()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_what_asks_for_nothing_is_accepted() -> None:
+    plain = openai.parse_chat(body())
+    nulls = ("stream", "frequency_penalty", "n", "stop", "tools", "logit_bias", "stream_options", "user", "max_tokens")
+    assert openai.parse_chat(body(**dict.fromkeys(nulls))) == plain
+    penalties = {"frequency_penalty": 0, "presence_penalty": 0.0}
+    idle = {"logprobs": False, "response_format": {"type": "text"}, "parallel_tool_calls": True}
+    assert openai.parse_chat(body(**penalties, **idle)) == plain
+    assert openai.parse_chat(body(n=1)).n == 1
+    usage = openai.parse_chat(body(stream=True, stream_options={"include_usage": None})).stream_options
+    assert usage is not None
+    assert not usage.include_usage
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
+    assert openai.parse_chat(body(tools=tools)).plain_tools() == tools, "nulls in a schema stay"
+    assert openai.parse_chat(body(messages=turn("a", b"x"), tools=tools, tool_choice="none")).plain_tools() is None
+    answered = {"role": "assistant", "content": "a", "tool_calls": None, "audio": None}
+    assert openai.parse_chat(body(messages=[answered])).plain_messages() == [{"role": "assistant", "content": "a"}]
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}'])
@@ -119,6 +142,22 @@ def test_an_open_server_needs_a_key() -> None:
     ServeConfig(model="x", host="0.0.0.0", key_hashes=("0" * 64,))
     with pytest.raises(RunError, match="sha256 sums in hex"):
         ServeConfig(model="x", key_hashes=("secret",))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--deadline-s -1", "--deadline-s nan", "--max-requests 0", "--port 70000", "--api-replicas 0", "--cache-bytes -1",
+     "--decoder-stage.num-gpus -1", "--encoder-stage.target-ongoing 0", "--engine.slots 0", "--dtype half16",
+     "--device gpu", "--device cuda:99"],
+)  # fmt: skip
+def test_bad_options_are_one_sentence(
+    flags: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "is_alone", lambda: True)
+    monkeypatch.setattr(serve, "load_config", lambda *_: pytest.fail("it has begun"))
+    assert main(["--model", "x", *flags.split()]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), err.startswith("error: ")) == ("", 1, True), err
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
@@ -245,7 +284,8 @@ def test_sampling_stop_and_models(client: client_library.OpenAI) -> None:
     ("options", "says"),
     [
         ({"messages": turn("a", b"not an image")}, "are not a readable image"),
-        ({"messages": turn("a", picture()), "max_tokens": 5000}, "together they may be 600"),
+        ({"messages": turn("a", picture()), "max_tokens": 5000}, "max_tokens is 5000; together they may be 600"),
+        ({"messages": turn("a b " * 600), "max_tokens": None}, r"has \d+ tokens; with its answer it may have 600"),
         ({"messages": turn("a"), "logit_bias": {"1": 1}}, "logit_bias is not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a"}}]}]},
          "not a public web server"),
@@ -256,6 +296,7 @@ def test_bad_requests_are_told_so(client: client_library.OpenAI, options: dict[s
     with pytest.raises(client_library.BadRequestError, match=says) as error:
         ask(client, stream=stream, **options)
     assert error.value.body["type"] == "invalid_request_error"
+    assert (error.value.code == "context_length_exceeded") == ("600" in says)
     assert "Traceback" not in str(error.value)
 
 
@@ -298,7 +339,8 @@ def test_malformed_requests(server: str) -> None:
         assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
     assert http(url, body(), **{"Content-Type": "text/plain"})[0] == 400
     assert http(url, body() + b" " * 300_000)[0] == 413
-    assert http(url)[0] == 405
+    status, headers, _ = http(url)
+    assert (status, headers["allow"]) == (405, "POST")
     assert http(f"{server}/v1/nothing", b"{}")[0] == 404
 
 

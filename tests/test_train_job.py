@@ -14,6 +14,7 @@ import pytest
 
 from artemis_vlm import graft
 from demo import assets
+from jobs import bench, train_a3
 from pipelines.checkpoint import CheckpointStore
 from pipelines.local import LocalCluster, local_cluster
 
@@ -74,6 +75,12 @@ def test_bad_input_is_one_sentence_and_a_failed_job(cluster: LocalCluster, tmp_p
     assert done.returncode != 0
     assert f"error: the data {tmp_path / 'empty'} holds nothing" in done.stdout
     assert "Traceback" not in done.stdout
+
+
+def test_bad_options_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_a3.main(["--keep", "0"]) == bench.main(["serve", "--parts", "beside"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: keep is 0; it must be at least 1\nerror: the part beside needs")
 
 
 def test_the_cluster_leaves_no_process(tmp_path: Path) -> None:
