@@ -128,6 +128,7 @@ def test_compiled_equals_eager_and_is_compiled_once(monkeypatch: pytest.MonkeyPa
     """Traced and differentiated as on a GPU, then run as it is: the code that Inductor would write needs no test here."""
     monkeypatch.setattr(frozen, "compiled", functools.cache(functools.partial(torch.compile, backend="aot_eager")))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # what other tests compiled
     model = trained(tiny_a3(num_hidden_layers=3))
     eager, compiled = PackedModel(model, SPEC, MAX_TOKENS), PackedModel(model, SPEC, MAX_TOKENS, compile_it=True)
     graphs = []
