@@ -36,7 +36,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from artemis_vlm import chat, tensorfile
 from artemis_vlm.configuration import ArtemisVLMConfig
 from artemis_vlm.errors import CheckpointError, RunError
-from artemis_vlm.image import PREPROCESSOR_FILE, ImageSpec
+from artemis_vlm.image import PREPROCESSOR_FILE, ImageSpec, json_object
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, ArtemisVLMProjector
 from artemis_vlm.processing import VIDEO_TOKEN, check_spec, write_habits
 from artemis_vlm.tensorfile import Digest, Held, Stored
@@ -88,7 +88,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """
     index = folder / INDEX_FILE
     if index.exists():
-        files = sorted({folder / f for f in _read_json(index).get("weight_map", {}).values()})
+        files = sorted({folder / f for f in json_object(index).get("weight_map", {}).values()})
     else:
         files = [folder / WEIGHTS_FILE]
     found: dict[str, Stored] = {}
@@ -114,7 +114,7 @@ def _tower_tensors(folder: Path) -> Iterator[tuple[str, str, Stored]]:
 
 def tower_config(folder: Path) -> Qwen3VLVisionConfig:
     """The tower's configuration, from a whole Qwen3-VL's, an A3's, or its own `config.json`."""
-    fields = _read_json(folder / "config.json")
+    fields = json_object(folder / "config.json")
     return Qwen3VLVisionConfig(**fields.get("vision_config", fields))
 
 
@@ -175,7 +175,7 @@ def load_config(folder: Path) -> ArtemisVLMConfig:
     Raises:
         CheckpointError: the folder is not an A3.
     """
-    fields = _read_json(folder / "config.json")
+    fields = json_object(folder / "config.json")
     if fields.get("model_type") != ArtemisVLMConfig.model_type:
         raise CheckpointError(f"{folder} holds a {fields.get('model_type')} model; expected {ArtemisVLMConfig.model_type}")
     config: ArtemisVLMConfig = ArtemisVLMConfig.from_pretrained(folder)
@@ -402,7 +402,7 @@ def verify(folder: Path, against: Sources | None = None) -> list[str]:
     Each tensor, and each file copied from the decoder, is compared with the folder's manifest, and the manifest with the
     sources if given. That the model's tensors are all there comes last.
     """
-    manifest, tensors = _read_json(folder / MANIFEST_FILE), stored_tensors(folder)
+    manifest, tensors = json_object(folder / MANIFEST_FILE), stored_tensors(folder)
     stored = {k: t for k, t in tensors.items() if not k.startswith("multi_modal_projector.")}
     found = {"frozen": _digests(stored), "files": _file_digests(folder)}
     problems = _compare_manifests(manifest, found, "the manifest", "the folder")
@@ -466,13 +466,3 @@ def _compare(expected: Mapping[str, Any], found: Mapping[str, Any], where_expect
         elif expected[name] != found[name]:
             problems.append(f"{name} differs from {where_expected}")
     return problems
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} lacks {path.name}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error

@@ -150,10 +150,12 @@ def json_object(path: Path) -> dict[str, Any]:
     """The fields that a checkpoint's file holds.
 
     Raises:
-        CheckpointError: it holds something else.
+        CheckpointError: it is not there, or holds something else.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} lacks {path.name}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
