@@ -173,7 +173,8 @@ class CheckpointStore:
 class BackgroundWriter:
     """One thread that writes, so that training does not wait; the next write waits for the one before.
 
-    An error in the thread is told by `on_error`, there, and raised in the caller at its next call.
+    An error in the thread is told by `on_error`, there, and raised in the caller at its next call; of several, as a write
+    may wait already when the one before fails, the first.
     """
 
     def __init__(self, on_error: Callable[[], None] = lambda: None) -> None:
@@ -198,7 +199,7 @@ class BackgroundWriter:
             try:
                 write()
             except BaseException as error:  # handed to the caller
-                self._error = error
+                self._error = self._error or error
                 self._on_error()
 
     def _raise(self) -> None:

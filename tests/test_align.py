@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -415,3 +416,24 @@ def test_the_background_writers_errors_reach_the_caller() -> None:
     writer.submit(fail)
     with pytest.raises(OSError, match="disk full"):
         writer.close()
+
+
+def test_of_two_failed_writes_the_first_is_told() -> None:
+    """The second waits already when the first fails, so the caller cannot be told before it fails as well."""
+    second_waits = threading.Event()
+    told: list[str] = []
+    writer = BackgroundWriter(lambda: told.append("stop"))
+
+    def first() -> None:
+        second_waits.wait(60)
+        raise OSError("the first")
+
+    def second() -> None:
+        raise OSError("the second")
+
+    writer.submit(first)
+    writer.submit(second)
+    second_waits.set()
+    with pytest.raises(OSError, match="the first"):
+        writer.close()
+    assert told == ["stop", "stop"]
