@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from artemis_vlm.errors import CheckpointError, SampleError
 
@@ -31,6 +31,8 @@ FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_DECODED_PIXELS: Final = 64_000_000
 MAX_ASPECT_RATIO: Final = 200  # Qwen2-VL's own limit
 PREPROCESSOR_FILE: Final = "preprocessor_config.json"
+# Pillow hands pixels out in pieces of this size and joins them; a plane of an image of `ImageSpec`'s size is now one piece.
+ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 512 * 512)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from artemis_vlm.chat import CaptionFrame
 from artemis_vlm.image import ImageSpec, decode_image, patchify, resized_size
 from artemis_vlm.processing import image_processor_of
 from pipelines.data import Encoder, Position, Turn
+from pipelines.feed import BLOCK_BYTES
 from pipelines.local import join_or_start
 from pipelines.machine import machine
 from pipelines.shards import RawSample, Shard, open_rows
@@ -37,8 +38,6 @@ KINDS: Final = (("37 KB", (480, 360), 37_000), ("200 KB", (1024, 768), 200_000))
 NOISE: Final = 0.04
 DISTINCT: Final = 8
 ROUNDS: Final = 5
-#: Samples that `Encoder` gets at once, as the feed gives them.
-GROUP: Final = 16
 TEXT: Final = (
     "The image shows a quiet street lined with brick houses where several people walk past parked bicycles under a "
     "cloudy sky. In the foreground a red umbrella leans against a wooden bench, and behind it a small café with large "
@@ -151,13 +150,14 @@ def ways_to_encode(
         return every
 
     def tar_to_ids() -> None:
-        for group in groups(Turn(shard, 0, 0, 0).read(), GROUP):
-            for candidate in encoder.candidates(group):
+        for block in blocks(Turn(shard, 0, 0, 0).read()):
+            for candidate in encoder.candidates(block):
                 assert candidate.example is not None, candidate.error
 
     def tar_to_patches() -> None:
-        for _, raw in Turn(shard, 0, 0, 0).read():
-            patchify(decode_image(raw.image), SPEC)
+        for block in blocks(Turn(shard, 0, 0, 0).read()):
+            for _, raw in block:
+                patchify(decode_image(raw.image), SPEC)
 
     return {
         "decode and resize alone": each(plain),
@@ -199,13 +199,16 @@ def measure_encoding(name: str, shard: Shard, tokenizer: PreTrainedTokenizerBase
     ]
 
 
-def groups(stream: Iterator[tuple[Position, RawSample]], size: int) -> Iterator[Sequence[tuple[Position, RawSample]]]:
+def blocks(stream: Iterator[tuple[Position, RawSample]]) -> Iterator[Sequence[tuple[Position, RawSample]]]:
+    """Samples as many at once as the feed reads and encodes."""
     held: list[tuple[Position, RawSample]] = []
-    for item in stream:
-        held.append(item)
-        if len(held) == size:
+    size = 0
+    for after, raw in stream:
+        held.append((after, raw))
+        size += len(raw.image) + len(raw.text)
+        if size >= BLOCK_BYTES:
             yield held
-            held = []
+            held, size = [], 0
     if held:
         yield held
 
