@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,7 +62,7 @@ TEXT_FILES: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sources:
     """Local folders of the two frozen parts, with where they came from (`origin@revision`), for the record."""
 
@@ -75,6 +76,11 @@ class Sources:
         tower = {f"visual.{name}": tensor for _, name, tensor in _tower_tensors(self.tower)}
         decoder = {f"language_model.{key}": tensor for key, tensor in stored_tensors(self.decoder).items()}
         return dict(sorted((tower | decoder).items()))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The decoder's, read once: with a vocabulary of 131,072 that takes a second."""
+        return load_tokenizer(self.decoder)
 
     def origins(self) -> dict[str, str]:
         return {"vision_tower": self.tower_origin or self.tower.name, "decoder": self.decoder_origin or self.decoder.name}
@@ -249,15 +255,14 @@ def graft_config(sources: Sources) -> ArtemisVLMConfig:
     """
     vision = tower_config(sources.tower)
     text = _text_config(sources.decoder)
-    tokenizer = load_tokenizer(sources.decoder)
-    image_id = chat.image_token_id(tokenizer)
+    image_id = chat.image_token_id(sources.tokenizer)
     if image_id >= text.vocab_size:
         raise CheckpointError(f"{chat.IMAGE_TOKEN} is token {image_id}, but the decoder has {text.vocab_size} embeddings")
     return ArtemisVLMConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
         image_token_id=image_id,
-        video_token_id=tokenizer.get_vocab().get(VIDEO_TOKEN, -1),
+        video_token_id=sources.tokenizer.get_vocab().get(VIDEO_TOKEN, -1),
         image_turn_thinking=False,
         architectures=[ArtemisVLMForConditionalGeneration.__name__],
         dtype=text.dtype,

@@ -144,7 +144,7 @@ def _find_entrant(uri: str, name: str, prompt: str) -> Entrant:
     folder = fetch_model(uri, ("config.json", graft.PROJECTOR_FILE)).path
     if (folder / graft.PROJECTOR_FILE).exists():
         sources = _sources_of(uri, folder)
-        config, texts = graft.graft_config(sources), sources.decoder
+        config, tokenizer = graft.graft_config(sources), sources.tokenizer
         graft.read_projector(folder)  # whole, or a sentence
     else:
         sources = None
@@ -153,9 +153,8 @@ def _find_entrant(uri: str, name: str, prompt: str) -> Entrant:
             raise CheckpointError(
                 f"{uri} holds a {kind} model; expected an A3 ({ArtemisVLMConfig.model_type}) or a projector"
             )
-        config, texts = ArtemisVLMConfig.from_pretrained(folder), folder
+        config, tokenizer = ArtemisVLMConfig.from_pretrained(folder), graft.load_tokenizer(folder)
         graft.stored_tensors(folder)  # the same
-    tokenizer = graft.load_tokenizer(texts)
     thinking = chat.image_thinking(True, config.image_turn_thinking)
     frame = chat.CaptionFrame.build(tokenizer, prompt, thinking)
     return Entrant(name, uri, folder, sources, Encoder(ImageSpec.load(folder), tokenizer, frame, MAX_TOKENS))

@@ -51,9 +51,9 @@ def find_parts(config: TrainConfig) -> Parts:
     sources = graft.Sources(tower.path, decoder.path, tower.origin, decoder.origin)
     spec = graft.source_spec(sources, config.min_pixels, config.max_pixels)
     a3 = graft.graft_config(sources)
-    tokenizer = graft.load_tokenizer(decoder.path)
     thinking = chat.image_thinking(True, a3.image_turn_thinking)
-    return Parts(sources, spec, tokenizer, chat.CaptionFrame.build(tokenizer, config.prompt, thinking))
+    frame = chat.CaptionFrame.build(sources.tokenizer, config.prompt, thinking)
+    return Parts(sources, spec, sources.tokenizer, frame)
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,8 @@ class TrainConfig:
     max_tokens: int = 2048
     """Longer samples are quarantined."""
     dtype: str = "bfloat16"
-    """Of the frozen parts and of all computing: bfloat16, float32, or auto, which is bfloat16 except on CPUs without it.
-    The projector's weights and moments are float32."""
+    """Of the frozen parts and of all computing: bfloat16, float32, or auto: bfloat16 except on CPUs without it; of a run
+    that continues what it began in. The projector's weights and moments are float32."""
     frozen_precision: str = "dtype"
     """Of the decoder's linear layers while training: `dtype`; `fp8-backward`, the gradient's products in 8 bits; or `fp8`,
     all of them. The export is not touched."""

@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -75,7 +75,7 @@ def fit(config: TrainConfig) -> Path:
     parts = find_parts(config)
     output = RunFolder(config.output)
     data = find_data(config, earlier_run(output, config))
-    check_continues(config, parts, data)
+    config = as_begun(config, parts, data)
     if not ray.is_initialized():
         ray.init(log_to_driver=True)
     config = with_workers(config)
@@ -109,18 +109,22 @@ def fit(config: TrainConfig) -> Path:
     return output.path
 
 
-def check_continues(config: TrainConfig, parts: Parts, data: Data) -> None:
-    """Refuses before it takes the output over what the ranks would refuse: a job that runs there goes on.
+def as_begun(config: TrainConfig, parts: Parts, data: Data) -> TrainConfig:
+    """The configuration, `auto` being the dtype that the run computes in so far: on another CPU it might be another.
 
-    What `auto` computes in is left to the ranks: their CPUs may be others than this one.
+    Refuses before it takes the output over what the ranks would refuse: a job that runs there goes on.
 
     Raises:
         RunError: the newest checkpoint is of other weights, or computes in another dtype.
     """
-    if newest := _store(config).newest():
-        identity = config.fingerprint() | _inputs(data, graft.manifest_of(parts.sources))
-        dtype = newest.state["dtype"] if config.dtype == "auto" else config.dtype
-        align.check_continues(newest, identity, dtype)
+    newest = _store(config).newest()
+    if newest is None:
+        return config
+    if config.dtype == "auto":
+        config = replace(config, dtype=newest.state["dtype"])
+        print(f"going on in {config.dtype}, in which the run began", flush=True)
+    align.check_continues(newest, config.fingerprint() | _inputs(data, graft.manifest_of(parts.sources)), config.dtype)
+    return config
 
 
 def _inputs(data: Data, manifest: Mapping[str, Any]) -> dict[str, Any]:

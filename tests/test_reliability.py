@@ -275,7 +275,7 @@ def test_a_run_is_given_to_its_ranks_with_absolute_places(
 def test_what_a_checkpoint_does_not_fit_is_refused_before_it_takes_the_output_over(
     sources: graft.Sources, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accepted(monkeypatch)
+    taken = accepted(monkeypatch)
     config = bare.config(tmp_path / "run", shards, tower=str(sources.tower), decoder=str(sources.decoder))
     parts, found = find_parts(config), find_data(config, None)
     claim(RunFolder(config.output), config, parts, found, "running")
@@ -297,6 +297,7 @@ def test_what_a_checkpoint_does_not_fit_is_refused_before_it_takes_the_output_ov
         with pytest.raises(RunError, match=says):
             train.fit(replace(config, **change))
         assert (tmp_path / "run" / "run.json").read_bytes() == before
+    assert [c.dtype for c in taken] == ["float32", "float32"], "auto goes on in what the run began in, on any CPU"
 
 
 def test_hub_data_of_another_commit_is_refused() -> None:
