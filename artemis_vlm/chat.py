@@ -454,17 +454,13 @@ def _expand_images(ids: list[int], image_tokens: Sequence[int], image_id: int) -
     return [token for i in ids for token in ([i] * next(counts) if i == image_id else [i])]
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The tokenizer's own model without its added tokens, so that no written text can spell one. Made once a tokenizer."""
-    plain = tokenizer.__dict__.get("_artemis_plain")
-    if plain is None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise RunError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json")
-        description = json.loads(backend.to_str())
-        description["added_tokens"] = []
-        plain = Tokenizer.from_str(json.dumps(description))
-        plain.no_truncation()
-        plain.no_padding()
-        tokenizer.__dict__["_artemis_plain"] = plain
+def _plain(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer's own model without its added tokens, so that no written text can spell one. Shared, so made at once."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise RunError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json")
+    plain = Tokenizer(backend.model)
+    plain.normalizer = backend.normalizer
+    plain.pre_tokenizer = backend.pre_tokenizer
+    plain.post_processor = backend.post_processor
     return plain
