@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -268,3 +269,9 @@ def test_a_template_with_habits_needs_no_help(tokenizer: PreTrainedTokenizerBase
         tokenizer.apply_chat_template(two, chat_template=template)
     roomy = with_habits(tokenizer.chat_template, habit, 2)
     assert tokenizer.apply_chat_template(two, chat_template=roomy, tokenize=False).count("<|image_pad|>") == 2
+
+
+def test_encoding_leaves_nothing_in_the_tokenizer_that_is_sent_to_the_encoders(tokenizer: PreTrainedTokenizerBase) -> None:
+    before = len(pickle.dumps(tokenizer))
+    assert encode_text(tokenizer, "a cat <|image_pad|>")
+    assert len(pickle.dumps(tokenizer)) == before
