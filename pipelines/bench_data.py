@@ -26,7 +26,7 @@ from artemis_vlm.chat import CaptionFrame
 from artemis_vlm.image import ImageSpec, decode_image, patchify, resized_size
 from artemis_vlm.processing import image_processor_of
 from pipelines.data import Encoder, Position, Turn
-from pipelines.feed import BLOCK_BYTES
+from pipelines.feed import BLOCK_BYTES, by_bytes
 from pipelines.local import join_or_start
 from pipelines.machine import machine
 from pipelines.shards import RawSample, Shard, open_rows
@@ -150,12 +150,12 @@ def ways_to_encode(
         return every
 
     def tar_to_ids() -> None:
-        for block in blocks(Turn(shard, 0, 0, 0).read()):
+        for block in blocks(shard):
             for candidate in encoder.candidates(block):
                 assert candidate.example is not None, candidate.error
 
     def tar_to_patches() -> None:
-        for block in blocks(Turn(shard, 0, 0, 0).read()):
+        for block in blocks(shard):
             for _, raw in block:
                 patchify(decode_image(raw.image), SPEC)
 
@@ -199,18 +199,9 @@ def measure_encoding(name: str, shard: Shard, tokenizer: PreTrainedTokenizerBase
     ]
 
 
-def blocks(stream: Iterator[tuple[Position, RawSample]]) -> Iterator[Sequence[tuple[Position, RawSample]]]:
-    """Samples as many at once as the feed reads and encodes."""
-    held: list[tuple[Position, RawSample]] = []
-    size = 0
-    for after, raw in stream:
-        held.append((after, raw))
-        size += len(raw.image) + len(raw.text)
-        if size >= BLOCK_BYTES:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+def blocks(shard: Shard) -> Iterator[Sequence[tuple[Position, RawSample]]]:
+    """The shard's samples, as many at once as the feed reads and encodes."""
+    return by_bytes(Turn(shard, 0, 0, 0).read(), lambda read: len(read[1].image) + len(read[1].text), BLOCK_BYTES)
 
 
 def cpu_seconds(call: Callable[[], None]) -> float:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from pipelines.recipe import TrainConfig
 
 Row = tuple[Any, ...]
+T = TypeVar("T")
 
 #: Of every block in the plan: what memory, and how far the stream runs ahead, is counted in.
 BLOCK_BYTES: Final = 4 << 20
@@ -126,16 +127,26 @@ def _raw_rows(turn: Turn) -> Iterator[Row]:
 
 def in_blocks(rows: Iterable[Row], schema: pa.Schema, block_bytes: int) -> Iterator[pa.Table]:
     """Rows as tables, each closed by the row that brings its binary data to `block_bytes`."""
-    held: list[Row] = []
-    size = 0
-    for row in rows:
-        held.append(row)
-        size += sum(_size(value) for value in row if not isinstance(value, (int, str)))
-        if size >= block_bytes:
-            yield _table(held, schema)
-            held, size = [], 0
-    if held:
+
+    def size(row: Row) -> int:
+        return sum(_size(value) for value in row if not isinstance(value, (int, str)))
+
+    for held in by_bytes(rows, size, block_bytes):
         yield _table(held, schema)
+
+
+def by_bytes(items: Iterable[T], size: Callable[[T], int], at_least: int) -> Iterator[list[T]]:
+    """Items in lists, each closed by the one that brings it to so many bytes."""
+    held: list[T] = []
+    total = 0
+    for item in items:
+        held.append(item)
+        total += size(item)
+        if total >= at_least:
+            yield held
+            held, total = [], 0
+    if held:
+        yield held
 
 
 def _table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
