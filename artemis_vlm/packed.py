@@ -34,7 +34,8 @@ from artemis_vlm.linear import (
     check_fp8,
     frozen_linear,
     gated_mlp,
-    normed_linear,
+    rotate,
+    rotated_heads,
 )
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, decoder_states, normalize
 from artemis_vlm.packing import PackedBatch
@@ -101,12 +102,6 @@ def on_rows(
 # --- the decoder -----------------------------------------------------------------------------------------------------
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of x (T, N, D); cos and sin (T, D)."""
-    first, second = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
-
-
 def _mlp(x: torch.Tensor, w: LayerWeights, heads: Heads) -> torch.Tensor:
     return x + gated_mlp(x, w.mlp_norm, heads.epsilon, w.gate_up, w.down)
 
@@ -121,9 +116,9 @@ def decoder_layer(
     max_length: int,
 ) -> torch.Tensor:
     """x (T, H) to (T, H); samples int32 (B + 1,), where they begin and end."""
-    qkv = normed_linear(x, w.input_norm, heads.epsilon, w.attention[0])
-    q, k, v = torch.split(qkv.view(len(x), -1, heads.size), [heads.query, heads.key, heads.key], 1)
-    out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, samples, samples, max_length, causal=True)
+    numbers = heads.query, heads.key, heads.key
+    q, k, v = rotated_heads(x, w.input_norm, heads.epsilon, w.attention[0], cos, sin, numbers, 2)
+    out = attend(q, k, v, samples, samples, max_length, causal=True)
     return _mlp(x + frozen_linear(out.flatten(1), w.out), w, heads)
 
 
@@ -141,10 +136,9 @@ def last_decoder_layer(
     max_length: int,
 ) -> torch.Tensor:
     """x (T, H) and its tail rows x_tail (R, H) to the tail rows (R, H) of what `decoder_layer` gives."""
-    kv = normed_linear(x, w.input_norm, heads.epsilon, w.attention[1])
-    k, v = kv.view(len(x), -1, heads.size).chunk(2, 1)
-    q = normed_linear(x_tail, w.input_norm, heads.epsilon, w.attention[0]).view(len(x_tail), -1, heads.size)
-    out = attend(rotate(q, cos_tail, sin_tail), rotate(k, cos, sin), v, tails, samples, max_length, causal=True)
+    k, v = rotated_heads(x, w.input_norm, heads.epsilon, w.attention[1], cos, sin, (heads.key, heads.key), 1)
+    (q,) = rotated_heads(x_tail, w.input_norm, heads.epsilon, w.attention[0], cos_tail, sin_tail, (heads.query,), 1)
+    out = attend(q, k, v, tails, samples, max_length, causal=True)
     return _mlp(x_tail + frozen_linear(out.flatten(1), w.out), w, heads)
 
 

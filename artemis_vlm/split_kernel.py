@@ -11,9 +11,9 @@ from torch.library import triton_op, wrap_triton
 
 #: Columns that one program of the first kernel sums over.
 SPAN = 1024
-#: Rows of a block in the first and the last kernel, and in the other; columns; fastest on an H100.
-ROWS, SUM_ROWS = 64, 16
-COLUMNS = {"plain": 64, "normed": 32, "gated": 64}
+#: Rows of a block in the first and the last kernel, and in the other; columns; fastest of 355 ways on an H100.
+ROWS, SUM_ROWS = 64, 8
+COLUMNS = {"plain": 128, "normed": 32, "gated": 64}
 REST_COLUMNS = 64
 
 
@@ -174,7 +174,7 @@ def split_rows(
     inputs, blocks = (source, weight, directions), -(-n_rows // ROWS)
     shape = {"K": width, "R": count, "KIND": kind}
     wrap_triton(_along)[(blocks, parts)](
-        *inputs, sums, squares, n_rows, **shape, SPAN=SPAN, ROWS=ROWS, COLUMNS=COLUMNS[kind], num_warps=4
+        *inputs, sums, squares, n_rows, **shape, SPAN=SPAN, ROWS=ROWS, COLUMNS=COLUMNS[kind], num_warps=4, num_stages=4
     )
     # Epsilon and slack are no arguments, as compiled code would pass float64.
     fixed = {"EPSILON": epsilon, "SLACK": slack, "PARTS": parts, "ROWS": SUM_ROWS}
@@ -216,5 +216,95 @@ def gate_gradient(slope: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Ten
     block = 1 << (width - 1).bit_length()
     wrap_triton(_gate_gradient)[(n_rows,)](
         slope, gate_up, out, scales, F=width, BLOCK=block, num_warps=32 if block >= 8192 else 4
+    )
+    return out, scales
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _turned_back(  # type: ignore[no-untyped-def]
+    slope_ptr,
+    cos_ptr,
+    sin_ptr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
+    """A row's gradient of N heads as they were before `rotate`, float32 (HEADS, WIDTH)."""
+    row, n, d = tl.program_id(0).to(tl.int64), tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None, :]
+    inside = (n < N) & (d < D)
+    at = slope_ptr + (row * N + n) * D
+    slope = tl.load(at + d, mask=inside, other=0.0).to(tl.float32)
+    if ROTATED:
+        partner = tl.where(d < D // 2, d + D // 2, d - D // 2)
+        across = tl.load(at + partner, mask=inside, other=0.0).to(tl.float32)
+        across *= tl.load(sin_ptr + row * D + partner, mask=d < D, other=0.0).to(tl.float32)
+        slope *= tl.load(cos_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        slope += tl.where(d < D // 2, across, -across)
+    return slope
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _put(  # type: ignore[no-untyped-def]
+    out_ptr, slope, scale, N: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr
+):
+    n, d = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None, :]
+    tl.store(out_ptr + n * D + d, (slope / scale).to(tl.float8e4nv), mask=(n < N) & (d < D))
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _rotary_gradient(  # type: ignore[no-untyped-def]
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    scale_ptr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    A_HEADS: tl.constexpr,
+    B_HEADS: tl.constexpr,
+    C_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
+    """Of A, B and C heads, the last ones 0 where there are fewer parts."""
+    row = tl.program_id(0).to(tl.int64)
+    a = _turned_back(a_ptr, cos_ptr, sin_ptr, A, D, A_HEADS, WIDTH, ROTATED > 0)
+    top, total = tl.max(tl.abs(a)), tl.sum(a)
+    if B > 0:
+        b = _turned_back(b_ptr, cos_ptr, sin_ptr, B, D, B_HEADS, WIDTH, ROTATED > 1)
+        top, total = tl.maximum(top, tl.max(tl.abs(b))), total + tl.sum(b)
+    if C > 0:
+        c = _turned_back(c_ptr, cos_ptr, sin_ptr, C, D, C_HEADS, WIDTH, ROTATED > 2)
+        top, total = tl.maximum(top, tl.max(tl.abs(c))), total + tl.sum(c)
+    scale = (tl.where(top < 1e-12, 1e-12, top) + total * 0) / 448.0  # a maximum drops a NaN, a sum does not
+    tl.store(scale_ptr + row, scale)
+    out_ptr += row * (A + B + C) * D
+    _put(out_ptr, a, scale, A, D, A_HEADS, WIDTH)
+    if B > 0:
+        _put(out_ptr + A * D, b, scale, B, D, B_HEADS, WIDTH)
+    if C > 0:
+        _put(out_ptr + (A + B) * D, c, scale, C, D, C_HEADS, WIDTH)
+
+
+@triton_op("artemis_vlm::rotary_gradient", mutates_args=())  # type: ignore[untyped-decorator,unused-ignore]
+def rotary_gradient(
+    slopes: list[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, rotated: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear.rotary_gradient` of at most three parts, a row to a program."""
+    (n_rows, size), numbers = cos.shape, [slope.shape[1] for slope in slopes]
+    out = cos.new_empty((n_rows, sum(numbers) * size), dtype=torch.float8_e4m3fn)
+    scales = cos.new_empty((n_rows, 1), dtype=torch.float32)
+    absent = 3 - len(slopes)
+    counts = [*numbers, *[0] * absent]
+    names = dict(zip("ABC", counts)) | {f"{name}_HEADS": triton.next_power_of_2(max(n, 1)) for name, n in zip("ABC", counts)}
+    inputs = [t.contiguous() for t in (*slopes, *[slopes[0]] * absent, cos, sin)]
+    wrap_triton(_rotary_gradient)[(n_rows,)](
+        *inputs, out, scales, D=size, WIDTH=triton.next_power_of_2(size), ROTATED=rotated, **names, num_warps=8
     )
     return out, scales

@@ -27,6 +27,9 @@ from artemis_vlm.linear import (
     principal_directions,
     quantize_rows,
     rms_norm,
+    rotary_gradient,
+    rotate,
+    rotated_heads,
 )
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, packed_features, packed_loss
 from artemis_vlm.packed import PackedModel
@@ -259,6 +262,27 @@ def test_fused_layers_are_what_they_say(precision: str) -> None:
     assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
 
 
+@pytest.mark.parametrize("numbers, rotated", [((4, 2, 2), 2), ((4,), 1), ((2, 2), 1)])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rotated_heads_are_what_they_say(precision: str, numbers: tuple[int, ...], rotated: int) -> None:
+    torch.manual_seed(0)
+    kind, norm, weight = PRECISIONS[precision], torch.rand(32), torch.randn(sum(numbers) * 16, 32)
+    form = weight if kind is None else kind.of(weight)
+    angles = torch.rand(24, 8).repeat(1, 2) * 6
+    x, cos, sin = torch.randn(24, 32, requires_grad=True), angles.cos(), angles.sin()
+    whole = normed_linear(x, norm, 1e-5, form)
+    ours = rotated_heads(x, norm, 1e-5, form, cos, sin, numbers, rotated)
+    parts = torch.split(whole.view(24, -1, 16), numbers, 1)
+    theirs = [rotate(part, cos, sin) if i < rotated else part for i, part in enumerate(parts)]
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs))
+    slopes = [torch.randn_like(part) for part in parts]
+    gradients = [torch.autograd.grad(heads, x, slopes, retain_graph=True)[0] for heads in (ours, theirs)]
+    assert (gradients[0] - gradients[1]).norm() <= 1e-3 * gradients[1].norm()
+    (plain,) = torch.autograd.grad(theirs, whole, slopes)
+    rounded, scales = rotary_gradient(slopes, cos, sin, rotated)
+    assert ((rounded.float() * scales - plain).abs() <= 1.001 * plain.abs() / 16 + scales / 1024).all()
+
+
 FORMS = Fp8Weight, Fp8BackwardWeight
 
 
@@ -268,6 +292,7 @@ def test_compiled_fp8_layers_pass_back_the_same_gradient(kind: type[Fp8Weight] |
     torch.manual_seed(0)
     norm, wide, narrow = torch.rand(64), kind.of(torch.randn(96, 64)), kind.of(torch.randn(64, 48))
     layers: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda x: torch.cat(tuple(rotated_heads(x, norm, 1e-5, wide, x[:, :16], x[:, 16:32], (3, 2, 1), 2)), 1),
         lambda x: frozen_linear(x, wide),
         lambda x: normed_linear(x, norm, 1e-5, wide),
         lambda x: gated_mlp(x, norm, 1e-5, wide, narrow),
