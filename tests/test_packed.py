@@ -262,7 +262,7 @@ def test_fused_layers_are_what_they_say(precision: str) -> None:
     assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
 
 
-@pytest.mark.parametrize("numbers, rotated", [((4, 2, 2), 2), ((4,), 1), ((2, 2), 1)])
+@pytest.mark.parametrize(("numbers", "rotated"), [((4, 2, 2), 2), ((4,), 1), ((2, 2), 1)])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_rotated_heads_are_what_they_say(precision: str, numbers: tuple[int, ...], rotated: int) -> None:
     torch.manual_seed(0)
