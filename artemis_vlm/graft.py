@@ -420,24 +420,26 @@ def verify(folder: Path, against: Sources | None = None) -> list[str]:
     return problems
 
 
-def check_frozen(model: ArtemisVLMForConditionalGeneration, manifest: Mapping[str, Any]) -> None:
-    """Compares a model in memory with a manifest; a wider compute dtype is cast back first, if that loses nothing.
+def check_frozen(model: ArtemisVLMForConditionalGeneration, sources: Sources, manifest: Mapping[str, Any]) -> None:
+    """Compares a model in memory with a manifest: in another dtype than the stored one, with what that makes of the sources.
 
     Raises:
         CheckpointError: a frozen tensor changed; the text names the first few.
     """
     expected = manifest["frozen"]
     state: dict[str, torch.Tensor] = model.state_dict()
+    tensors = sources.tensors()
 
-    def as_stored(name: str) -> Digest:
-        stored: torch.Tensor = state[name].to(getattr(torch, expected[name]["dtype"]))
-        lossless = torch.equal(stored.to(state[name].dtype), state[name])
-        return tensorfile.digest(Held(stored if lossless else state[name]))
+    def found(name: str) -> Digest:
+        held, stored = state[name].detach().cpu(), tensors[name]
+        if Held(held).dtype != stored.dtype and torch.equal(stored.load().to(held.dtype), held):
+            return tensorfile.digest(stored)
+        return tensorfile.digest(Held(held))
 
     names = [name for name in expected if name in state]
     with ThreadPoolExecutor(HASHERS) as pool:
-        found = dict(zip(names, pool.map(as_stored, names)))
-    problems = _compare(expected, found, "the manifest", "the model in memory")
+        digests = dict(zip(names, pool.map(found, names)))
+    problems = _compare(expected, digests, "the manifest", "the model in memory")
     if problems:
         raise CheckpointError(f"{len(problems)} frozen tensors are not what they were: {'; '.join(problems[:3])}")
 

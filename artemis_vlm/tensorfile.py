@@ -1,4 +1,4 @@
-"""Tensors in safetensors files as bytes: where each lies, copied and hashed piece by piece, none ever built.
+"""Tensors in safetensors files as bytes: where each lies, copied and hashed piece by piece, built one at a time if at all.
 
 Knows nothing of models. A safetensors file is a length (8 bytes, little endian), a JSON header that gives each tensor's
 dtype, shape and place, and the tensors' bytes in row-major order.
@@ -58,6 +58,10 @@ class Stored:
                     raise CheckpointError(f"{self.file} ends {left} bytes early; fetch or write it again")
                 left -= len(chunk)
                 yield chunk
+
+    def load(self) -> torch.Tensor:
+        data = bytearray().join(self.chunks())
+        return torch.frombuffer(data, dtype=torch.uint8).view(getattr(torch, self.dtype)).reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -294,7 +294,7 @@ def _train(job: Job) -> dict[str, Any]:
     device = ray.train.torch.get_device()
     model = graft.load_frozen(parts.sources, config.torch_dtype(device), str(device))
     manifest = graft.manifest_of(parts.sources)
-    graft.check_frozen(model, manifest)
+    graft.check_frozen(model, parts.sources, manifest)
 
     alignment = Alignment(model, parts.spec, config, _inputs(job.data, manifest))
     store = _store(config)
@@ -332,7 +332,7 @@ def _train(job: Job) -> dict[str, Any]:
             pass
         stopped = alignment.step < config.steps or alignment.evaluation_due
         if not stopped:
-            graft.check_frozen(model, manifest)
+            graft.check_frozen(model, parts.sources, manifest)
             if desk:
                 desk.finish()
     finally:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,8 @@ def test_the_folder_loads_and_means_what_was_trained(sources: graft.Sources, a3:
     inputs = model_inputs(model, random_example(default_rng(0), "a", (4, 6), 5, 7))
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-    graft.check_frozen(model, graft.manifest_of(sources))
-    graft.check_frozen(model.float(), graft.manifest_of(sources))
+    graft.check_frozen(model, sources, graft.manifest_of(sources))
+    graft.check_frozen(model.float(), sources, graft.manifest_of(sources))
 
 
 @pytest.mark.parametrize(("dtype", "change"), [(torch.bfloat16, 1.0), (torch.float32, 1e-6)])
@@ -53,7 +54,23 @@ def test_a_changed_weight_in_memory_is_named(sources: graft.Sources, dtype: torc
     model = graft.load_frozen(sources, dtype)
     model.language_model.model.layers[1].mlp.up_proj.weight.data[3, 3] += change
     with pytest.raises(CheckpointError, match=r"1 frozen tensors .*layers\.1\.mlp\.up_proj\.weight differs"):
-        graft.check_frozen(model, graft.manifest_of(sources))
+        graft.check_frozen(model, sources, graft.manifest_of(sources))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_a_decoder_stored_in_another_dtype_is_checked_in_the_one_it_computes_in(
+    sources: graft.Sources, tmp_path: Path, stored: torch.dtype
+) -> None:
+    finer = replace(sources, decoder=shutil.copytree(sources.decoder, tmp_path / "decoder"))
+    for file in finer.decoder.glob("*.safetensors"):
+        save_file({k: (v.float() * 1.003).to(stored) for k, v in load_file(file).items()}, file, {"format": "pt"})
+    manifest = graft.manifest_of(finer)
+    for dtype in (torch.bfloat16, torch.float32):
+        model = graft.load_frozen(finer, dtype)
+        graft.check_frozen(model, finer, manifest)
+        model.language_model.model.layers[1].mlp.up_proj.weight.data[3, 3] += 1
+        with pytest.raises(CheckpointError, match=r"1 frozen tensors .*layers\.1\.mlp\.up_proj\.weight differs"):
+            graft.check_frozen(model, finer, manifest)
 
 
 def test_a_flipped_bit_on_disk_is_named(a3: Path, tmp_path: Path) -> None:
