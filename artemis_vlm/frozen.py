@@ -39,6 +39,9 @@ def packed_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each sample of one packed row.
@@ -53,7 +56,17 @@ def packed_attention(
 
     Returns:
         (1, T, N, D) and None.
+
+    Raises:
+        ValueError: an attention with soft capping, sinks, or a window that is smaller than max_length_q.
     """
+    narrow = sliding_window is not None and (max_length_q is None or sliding_window < max_length_q)
+    asked = {"softcap": softcap is not None, "s_aux": s_aux is not None, "sliding_window": narrow}
+    if any(asked.values()):
+        names = ", ".join(name for name, is_asked in asked.items() if is_asked)
+        raise ValueError(
+            f"its layers ask for attention with {names}; {PACKED_ATTENTION} is plain, over {max_length_q} tokens"
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is None:
         raise ValueError(f"{PACKED_ATTENTION} needs cu_seq_lens_q; pass it with the packed batch")

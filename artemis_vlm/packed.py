@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,6 +25,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from artemis_vlm import frozen
 from artemis_vlm.errors import RunError
+from artemis_vlm.examples import Example
 from artemis_vlm.frozen import attend, frozen_head_cross_entropy, mark_rows
 from artemis_vlm.image import ImageSpec
 from artemis_vlm.linear import (
@@ -38,7 +40,7 @@ from artemis_vlm.linear import (
     rotated_heads,
 )
 from artemis_vlm.modeling import ArtemisVLMForConditionalGeneration, decoder_states, normalize
-from artemis_vlm.packing import PackedBatch
+from artemis_vlm.packing import PackedBatch, pack
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,10 @@ logger = logging.getLogger(__name__)
 PAD_TO: Final = 128
 #: Decoder layers that are RMSNorm, rotary grouped attention and a gated SiLU MLP, without biases.
 KNOWN_LAYERS: Final = ("MistralDecoderLayer", "LlamaDecoderLayer")
+#: Of a made-up sample that shows whether other layers do in a packed row what they do alone, and how far off, as a share,
+#: rounding may make the logits.
+CHECKED_TOKENS: Final = 17
+MOST_OFF: Final = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,36 @@ def is_known(decoder: PreTrainedModel, max_tokens: int) -> bool:
         and (window is None or window >= max_tokens)
         and not any(p.requires_grad for p in decoder.parameters())
     )
+
+
+@torch.no_grad()
+def check_as_it_is(decoder: PreTrainedModel, max_length: int) -> None:
+    """Compares logits of two made-up samples in a packed row with those of each by itself.
+
+    Raises:
+        RunError: they differ by more than rounding: samples see each other, or the decoder does to attention or to logits
+            what is not done here.
+    """
+    name, device = type(decoder).__name__, decoder.device
+    made = np.random.default_rng(0).integers(1, decoder.config.vocab_size, (2, CHECKED_TOKENS), np.int32)
+    nothing = np.empty((0, 0), np.uint8)
+    rows = pack(
+        [Example(f"made up {i}", ids, 1, nothing, (0, 0)) for i, ids in enumerate(made)], image_token_id=-1, merge_size=1
+    )
+    rows = rows.to(device)
+    try:
+        states = decoder_states(decoder, decoder.get_input_embeddings()(rows.input_ids), rows, max_length)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RunError(f"{name} does not run on packed rows of up to {max_length} tokens: {error}") from error
+    ours = (states @ decoder.get_output_embeddings().weight.t()).float()
+    with frozen.unpacked_attention(decoder):
+        alone = [decoder(input_ids=ids[None], use_cache=False).logits[0].float() for ids in rows.input_ids.view(2, -1)]
+    off = float((ours - torch.cat(alone)).norm() / torch.cat(alone).norm())
+    if not off <= MOST_OFF[decoder.dtype] or getattr(decoder.config, "final_logit_softcapping", None):
+        raise RunError(
+            f"the logits of {name} in a packed row differ by {off:.2g} of themselves from those of each sample alone: its "
+            "attention or its head does more than is done here; expected a decoder like Mistral, Llama or Qwen"
+        )
 
 
 # --- the tower -------------------------------------------------------------------------------------------------------
@@ -350,6 +386,7 @@ class PackedModel:
         else:
             logger.warning("%s has layers that are not written out here: they run as they are", type(decoder).__name__)
             frozen.use_packed_attention(decoder)
+            check_as_it_is(decoder, self.max_length)
 
     def _prepare_decoder(self, decoder: PreTrainedModel) -> None:
         if form := PRECISIONS[self.precision]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +114,26 @@ def test_llama_is_known_and_others_run_as_they_are(caplog: pytest.LogCaptureFixt
         assert_equal(ours, plain(model, packed_rows(examples())))
     with pytest.raises(RunError, match="fp8 is for Mistral's and Llama's layers"):
         PackedModel(model, SPEC, MAX_TOKENS, precision="fp8")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "what", "sentence"),
+    [
+        (
+            "mistral",
+            {"sliding_window": 8},
+            "packed rows of up to 64 tokens: its layers ask for attention with sliding_window",
+        ),
+        ("gemma2", {"sliding_window": 4096}, "ask for attention with softcap"),
+        ("granite", {"logits_scaling": 8.0}, "differ by 7 of themselves from those of each sample alone"),
+        ("gptj", {"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8}, "its attention or its head does more"),
+    ],
+)
+def test_what_packed_rows_would_change_is_refused(decoder: str, what: dict[str, Any], sentence: str) -> None:
+    """Attention that is not plain, scaled logits, and layers that look beyond their sample."""
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(RunError, match=sentence):
+            PackedModel(trained(tiny_a3(decoder=decoder, **what)).to(dtype), SPEC, MAX_TOKENS)
 
 
 def test_tower_features_equal_transformers_to_rounding() -> None:
