@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,9 @@ from artemis_vlm.tensorfile import Digest, Held, Stored
 MANIFEST_FILE: Final = "manifest.json"
 INDEX_FILE: Final = "model.safetensors.index.json"
 WEIGHTS_FILE: Final = "model.safetensors"
+SHARD_NAME: Final = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+#: Of the names of a projector's tensors in an A3.
+PROJECTOR_PREFIX: Final = "multi_modal_projector."
 PROJECTOR_FILE: Final = "projector.safetensors"
 SHARD_BYTES: Final = 5 * 10**9
 HASHERS: Final = 4
@@ -221,10 +225,13 @@ def _check_loaded(report: Mapping[str, Any], folder: Path) -> None:
         raise CheckpointError(f"the decoder in {folder} lacks {len(names)} tensors, {names[0]} among them")
 
 
-def check_whole(config: ArtemisVLMConfig, tensors: Mapping[str, Stored | Held]) -> None:
+def check_whole(config: ArtemisVLMConfig, tensors: Mapping[str, Stored | Held], projector: bool = True) -> None:
     """Compares names and shapes with those of the model that config describes; tensors beyond those are nobody's.
 
     A decoder that Transformers stores under other names (experts one by one, say) is compared only when it is loaded.
+
+    Args:
+        projector: whether its tensors are to be there.
 
     Raises:
         CheckpointError: one is missing or of another shape; the text names the first and their number.
@@ -236,6 +243,8 @@ def check_whole(config: ArtemisVLMConfig, tensors: Mapping[str, Stored | Held]) 
     tied: Mapping[str, str] = model.all_tied_weights_keys
     problems = []
     for name, expected in model.state_dict().items():
+        if not projector and name.startswith(PROJECTOR_PREFIX):
+            continue
         found = tensors.get(name)
         if found is None and tied.get(name) not in tensors:
             problems.append(f"{name} is missing")
@@ -323,10 +332,11 @@ def write_model(output: Path, sources: Sources, projector: Mapping[str, torch.Te
     """
     config, tensors = graft_config(sources), sources.tensors()
     dtype = config.text_config.dtype or torch.float32
-    extra = {f"multi_modal_projector.{k}": Held(v.detach().to("cpu", dtype)) for k, v in projector.items()}
+    extra = {f"{PROJECTOR_PREFIX}{k}": Held(v.detach().to("cpu", dtype)) for k, v in projector.items()}
     check_whole(config, {**tensors, **extra})
     output.mkdir(parents=True, exist_ok=True)
-    for stale in (output / "config.json", output / INDEX_FILE, *output.glob("model*.safetensors")):
+    shards = (path for path in output.glob("model-*.safetensors") if SHARD_NAME.fullmatch(path.name))
+    for stale in (output / "config.json", output / INDEX_FILE, output / WEIGHTS_FILE, *shards):
         stale.unlink(missing_ok=True)
     _write_shards(output, tensors, extra)
     for file in TEXT_FILES:
@@ -350,7 +360,7 @@ def write_projector(output: Path, sources: Sources, projector: Mapping[str, torc
 def read_projector(folder: Path) -> dict[str, torch.Tensor]:
     """The projector's tensors, from the small form or from a whole A3."""
     small = folder / PROJECTOR_FILE
-    prefix = "" if small.exists() else "multi_modal_projector."
+    prefix = "" if small.exists() else PROJECTOR_PREFIX
     stored = tensorfile.stored_in(small) if small.exists() else stored_tensors(folder)
     tensors = {}
     for key, tensor in stored.items():
@@ -408,7 +418,7 @@ def verify(folder: Path, against: Sources | None = None) -> list[str]:
     sources if given. That the model's tensors are all there comes last.
     """
     manifest, tensors = json_object(folder / MANIFEST_FILE), stored_tensors(folder)
-    stored = {k: t for k, t in tensors.items() if not k.startswith("multi_modal_projector.")}
+    stored = {k: t for k, t in tensors.items() if not k.startswith(PROJECTOR_PREFIX)}
     found = {"frozen": _digests(stored), "files": _file_digests(folder)}
     problems = _compare_manifests(manifest, found, "the manifest", "the folder")
     if against is not None:

@@ -409,6 +409,13 @@ class PackedModel:
         layers = self.model.language_model.get_decoder().layers
         return [layer_weights(layer, layer is layers[-1], precision, self.device) for layer in layers]
 
+    def set_compiled(self, compile_it: bool) -> None:
+        """Compiles the layers from now on, or not: the results differ in their last bits."""
+        if compile_it and not self.compile_it and not frozen.can_compile(self.device):
+            logger.warning("what was compiled goes on uncompiled: results differ in their last bits from here on")
+            return
+        self.compile_it = self.tower.compile_it = compile_it
+
     @contextmanager
     def exact(self) -> Iterator[None]:
         """Computes with the decoder's own weights for a while, those that the exported model has; float8 is for training."""

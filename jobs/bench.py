@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main(arguments: list[str]) -> int:
-    # argparse: `train` and `vllm` run on a bare GPU machine, with torch and transformers and nothing else of ours
+    # argparse: `train` and `vllm` run on a bare GPU machine, with torch, transformers and pyarrow and nothing else of ours
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="samples/s of projector training, beside the limit of the chip")
@@ -22,13 +23,13 @@ def main(arguments: list[str]) -> int:
     train.add_argument("--baseline", action="store_true", help="also the published recipe, on the same samples")
     train.add_argument("--profile", action="store_true", help="also the parts of a step and its longest kernels")
     train.add_argument("--json", default="", metavar="FILE", help="also write the figures there")
-    train.add_argument("--batch-size", type=int, default=32, help="samples a step")
-    train.add_argument("--steps", type=int, default=8, help="steps that are measured")
+    train.add_argument("--batch-size", type=at_least_one, default=32, help="samples a step")
+    train.add_argument("--steps", type=at_least_one, default=8, help="steps that are measured")
     commands.add_parser("serve", help="latency and throughput of a model's server", add_help=False)
     commands.add_parser("caption", help="images/s of captioning, beside one by one and without Ray", add_help=False)
     data = commands.add_parser("data", help="images/s of one core from tar to patches and token ids")
     data.add_argument("--json", default="", metavar="FILE", help="also write the figures there")
-    data.add_argument("--images", type=int, default=400, help="of each size")
+    data.add_argument("--images", type=at_least_one, default=400, help="of each size")
     vllm = commands.add_parser(
         "vllm", help="vLLM at full shapes: decoder fed with embeddings, beside one engine with pixels"
     )
@@ -38,6 +39,8 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] in (["serve"], ["caption"]):
         return measure_model(*arguments)
     args = parser.parse_args(arguments)
+    if args.json and not os.access(Path(args.json).absolute().parent, os.W_OK):
+        parser.error(f"--json is {args.json}; its folder is not there, or nothing can be written in it")
     if args.command == "vllm":
         from pipelines import bench_vllm
 
@@ -56,6 +59,12 @@ def main(arguments: list[str]) -> int:
             args.shapes, args.precision, args.baseline, args.profile, args.json, args.batch_size, args.steps
         )
     )
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number of at least 1")
+    return int(text)
 
 
 def measure_model(what: str, *arguments: str) -> int:

@@ -129,13 +129,19 @@ class Alignment:
         if self.device.type != "cuda":
             return CPU_MICRO_TOKENS
         batch = self.pack([_made_up_example(self.spec, self.model.config.image_token_id, self.config.max_tokens)] * 4)
-        batch = batch.to(self.device)
-        self.packed.loss(batch).backward()  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        self.packed.loss(batch).backward()  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize(self.device)
+        try:
+            batch = batch.to(self.device)
+            self.packed.loss(batch).backward()  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self.packed.loss(batch).backward()  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize(self.device)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"{len(batch.input_ids)} tokens at once do not fit the memory ({error}); lower --max-tokens, free memory, "
+                "or set --micro-tokens yourself"
+            ) from error
         a_token = (torch.cuda.max_memory_allocated(self.device) - before) / len(batch.input_ids)
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
@@ -283,6 +289,9 @@ class Alignment:
 
         Returns:
             None: it was abandoned by every rank, because some rank was told to stop.
+
+        Raises:
+            RunError: the loss is not finite.
         """
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         lengths = [e.n_tokens for e in examples]
@@ -299,6 +308,11 @@ class Alignment:
         if sums[2] > 0:
             return None
         loss = float(sums[0] / sums[1])
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the evaluation at step {self.step} gave a loss of {loss}: a frozen weight is not finite, or the projector "
+                f"has diverged; look at the model, or lower the learning rate ({self.config.learning_rate})"
+            )
         self.state["evaluated"] = self.step
         if not self.state["best"] or loss < self.state["best"][0]:
             self.state["best"] = [loss, self.step]
@@ -336,7 +350,7 @@ class Alignment:
         self.step = checkpoint.step
         self.state = {k: checkpoint.state[k] for k in self.state}
         self.state["micro_tokens"] = self.config.micro_tokens or self.state["micro_tokens"]
-        self.packed.compile_it = checkpoint.state["compiled"]
+        self.packed.set_compiled(checkpoint.state["compiled"])
         torch.set_num_threads(checkpoint.state["threads"])
 
 

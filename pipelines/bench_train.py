@@ -1,7 +1,7 @@
 """What a projector training step costs on this machine, beside the limit of its matrix products and the published recipe.
 
-Random weights in the full shapes, made on the device; random pixels and ids. Needs torch and transformers, no Ray: the
-loop is `align.run`, its feed a list in memory. Each variant is tried by itself, so one that fails leaves the others.
+Random weights in the full shapes, made on the device; random pixels and ids. Needs torch, transformers and pyarrow, no Ray:
+the loop is `align.run`, its feed a list in memory. Each variant is tried by itself, so one that fails leaves the others.
 """
 
 from __future__ import annotations
@@ -357,7 +357,7 @@ def measure_published(
     def pass_over(chosen: Sequence[Example]) -> None:
         for at in range(0, len(chosen), PUBLISHED_BATCH):
             model(**padded_inputs(model, chosen[at : at + PUBLISHED_BATCH])).loss.backward()
-            if (at + PUBLISHED_BATCH) % settings.batch_size == 0:
+            if (at + PUBLISHED_BATCH) // settings.batch_size > at // settings.batch_size:
                 optimizer.step()
                 optimizer.zero_grad()
 

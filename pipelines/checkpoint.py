@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import fsspec
 import torch
 from safetensors.torch import load, save
 
 from artemis_vlm.errors import CheckpointError, RunError
-from pipelines.storage import is_remote, local_path, retried
+from pipelines.storage import filesystem, is_remote, local_path, retried
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class CheckpointStore:
     def __init__(self, uri: str, keep: int = 3) -> None:
         self.uri, self.keep = uri, keep
         self.remote = is_remote(uri)
-        self._files, self._root = fsspec.core.url_to_fs(uri if self.remote else str(local_path(uri)))
+        self._files, self._root = filesystem(uri if self.remote else str(local_path(uri)))
 
     def steps(self) -> list[int]:
         """Steps with a folder, oldest first; whether they are whole shows on reading."""

@@ -225,6 +225,8 @@ def first_examples(shards: Sequence[Shard], encoder: Encoder, count: int) -> lis
             break
     if not found:
         raise RunError(f"the data from {shards[0].uri} on has no usable sample to evaluate on")
+    if remaining:
+        logger.warning("%d samples are evaluated on: the data from %s on has no %d", len(found), shards[0].uri, count)
     return found
 
 

@@ -194,7 +194,8 @@ class Desk:
         (aside / card.CARD_FILE).write_text(card.model_card(self._finished_run(), records, digest), encoding="utf-8")
         _replace_folder(aside, self.folder.path / MODEL_FOLDER)
         report.write_report(self.folder.path, self.config, captions, self.shown(), self.parts.spec)
-        self.folder.publish(MODEL_FOLDER, last=graft.MANIFEST_FILE)
+        # A folder with a config.json is a whole model; the other kind has none.
+        self.folder.publish(MODEL_FOLDER, last="config.json" if self.config.export == "model" else graft.MANIFEST_FILE)
         for name in (report.REPORT_FILE, report.CURVE_FILE):
             self.folder.publish(name)
 

@@ -51,6 +51,7 @@ def find_parts(config: TrainConfig) -> Parts:
     sources = graft.Sources(tower.path, decoder.path, tower.origin, decoder.origin)
     spec = graft.source_spec(sources, config.min_pixels, config.max_pixels)
     a3 = graft.graft_config(sources)
+    graft.check_whole(a3, sources.tensors(), projector=False)
     thinking = chat.image_thinking(True, a3.image_turn_thinking)
     frame = chat.CaptionFrame.build(sources.tokenizer, config.prompt, thinking)
     return Parts(sources, spec, sources.tokenizer, frame)

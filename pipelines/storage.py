@@ -153,11 +153,30 @@ def _fetch_from_hub(uri: str) -> ModelFolder:
     return ModelFolder(Path(path), f"hf://{name}@{commit}")
 
 
+def filesystem(uri: str) -> tuple[Any, str]:
+    """fsspec's file system of a remote place, and the place in it.
+
+    Raises:
+        RunError: there is none of that name here.
+    """
+    try:
+        found: tuple[Any, str] = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise RunError(f"{uri} cannot be reached: {error}; expected a folder, an s3:// URI or a hub id") from error
+    return found
+
+
 def _fetch_remote(uri: str) -> Path:
     """Copies a remote folder into the cache, under a name that changes when the files do."""
-    files, root = fsspec.core.url_to_fs(uri)
-    wanted = [p for p in files.find(root) if p.endswith((".json", ".safetensors", ".jinja"))]
-    key = hashlib.sha256(repr([(p, _version(files.info(p))) for p in wanted]).encode()).hexdigest()[:16]
+    files, root = filesystem(uri)
+
+    def versions() -> list[tuple[str, tuple[int, str | None]]]:
+        wanted = [p for p in files.find(root) if p.endswith((".json", ".safetensors", ".jinja"))]
+        return [(p, _version(files.info(p))) for p in wanted]
+
+    listed = retried(f"the model {uri} could not be read", versions)
+    wanted = [path for path, _ in listed]
+    key = hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
     target = cache_folder() / "models" / key
     if target.exists() or not wanted:
         return target
@@ -205,7 +224,7 @@ class RunFolder:
         """Brings one file of an earlier session of this run; whether there was one."""
         if not self.remote:
             return (self.path / name).exists()
-        files, root = fsspec.core.url_to_fs(self.uri)
+        files, root = filesystem(self.uri)
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         files.invalidate_cache()
         try:
@@ -218,7 +237,7 @@ class RunFolder:
         """Copies a written file, or a folder's files, to the remote output; the file called `last` goes last."""
         if not self.remote:
             return
-        files, root = fsspec.core.url_to_fs(self.uri)
+        files, root = filesystem(self.uri)
         source = self.path / name
         found = [source] if source.is_file() else [p for p in source.rglob("*") if p.is_file()]
         for path in sorted(found, key=lambda p: (p.name == last, p)):
@@ -227,7 +246,8 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Writes a file so that it is there whole or not at all, whenever this process ends, and publishes it."""
-        write_whole(self.path / name, text)
+        with writing(self.uri):
+            write_whole(self.path / name, text)
         self.publish(name)
 
     def discard(self) -> None:

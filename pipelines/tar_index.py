@@ -96,8 +96,11 @@ def _members(file: io.BufferedReader, size: int, index: TarIndex) -> Iterator[tu
         if kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
             name = _long_name(kind, read_at(file, start, length)) or name
             continue
-        if kind in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        if kind in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
             yield name or short_name, start, length
+        elif kind == tarfile.GNUTYPE_SPARSE:
+            index.samples[key := f"({name or short_name})"] = {}
+            index.errors[key] = "it is stored as a sparse file, which is not read; write the shard without --sparse"
         name = ""
     if damage or not 0 < zeros <= _most_padding(size):
         _damaged(index, min(at, size), damage + zeros)

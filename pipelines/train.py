@@ -72,6 +72,8 @@ def fit(config: TrainConfig) -> Path:
             if the run must stop.
     """
     config = anchored(config)
+    if config.held_out < 1:
+        raise RunError("held_out is 0; a run is evaluated on at least 1 sample that it does not train on")
     parts = find_parts(config)
     output = RunFolder(config.output)
     data = find_data(config, earlier_run(output, config))

@@ -175,13 +175,27 @@ def test_micro_tokens_are_decided_once_and_a_flag_overrides(tmp_path: Path) -> N
     train(first, Examples(0), 1, store)
     checkpoint = store.read(1)
     again = start()
-    again.packed.compile_it = True
+    again.packed.set_compiled(True)
+    assert not again.packed.compile_it, "a CPU compiles nothing"
+    again.packed.compile_it = again.packed.tower.compile_it = True
     again.restore(checkpoint)
     assert again.state["micro_tokens"] == 77
     assert not again.packed.compile_it, "compiled or not as the run began"
+    assert not again.packed.tower.compile_it
     told = start(replace(CONFIG, micro_tokens=99))
     told.restore(checkpoint)
     assert told.state["micro_tokens"] == 99
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run() -> None:
+    """No later one would be better than a NaN, nor worse."""
+    broken = start()
+    with torch.no_grad():
+        broken.model.language_model.lm_head.weight[5] = torch.nan
+    with pytest.raises(RunError, match="the evaluation at step 0 gave a loss of nan: a frozen weight is not finite"):
+        train(broken, Examples(0), 2)
+    assert broken.state["best"] is None
+    assert broken.evaluation_due
 
 
 def test_the_next_step_is_loaded_while_this_one_runs_and_cannot_take_it_along() -> None:

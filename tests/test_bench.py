@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from models import tiny_config
 
+from jobs import bench
 from pipelines import bench_train
 from pipelines.bench_train import Mix, Settings, Shapes
 
@@ -40,11 +41,27 @@ def test_training_is_measured_from_end_to_end(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_bare_gpu_machine_can_run_it() -> None:
-    """With torch and transformers, without Ray and what else the jobs need."""
+    """With torch and transformers, and for training pyarrow, without Ray and what else the jobs need."""
     absent = ("ray", "tyro", "datasets", "s3fs", "mistral_common", "pyarrow")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import pipelines.bench_vllm; "
     code += "del sys.modules['pyarrow']; import jobs.bench, pipelines.bench_train"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["train", "--steps", "0"], "'0'; expected a whole number of at least 1"),
+        (["data", "--images", "-3"], "'-3'; expected a whole number of at least 1"),
+        (["train", "--json", "/nowhere/x.json"], "its folder is not there, or nothing can be written in it"),
+    ],
+)
+def test_bad_numbers_are_refused_before_anything_is_measured(
+    given: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(given)
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_variant_that_fails_is_told_and_the_others_run(

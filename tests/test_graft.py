@@ -73,6 +73,15 @@ def test_a_decoder_stored_in_another_dtype_is_checked_in_the_one_it_computes_in(
             graft.check_frozen(model, finer, manifest)
 
 
+def test_what_is_not_the_models_stays_in_its_folder(sources: graft.Sources, tmp_path: Path) -> None:
+    state = graft.new_projector(sources)
+    for name in ("model_backup.safetensors", "model-00001-of-00009.safetensors"):
+        (tmp_path / name).write_bytes(b"someone's")
+    graft.write_model(tmp_path, sources, state, SPEC)
+    assert (tmp_path / "model_backup.safetensors").exists()
+    assert not (tmp_path / "model-00001-of-00009.safetensors").exists(), "of an earlier model in more shards"
+
+
 def test_a_flipped_bit_on_disk_is_named(a3: Path, tmp_path: Path) -> None:
     damaged = shutil.copytree(a3, tmp_path / "damaged")
     file = sorted(damaged.glob("model-*"))[-1]  # the projector is in the first

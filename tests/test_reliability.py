@@ -26,7 +26,7 @@ import torch
 from models import random_example
 from samples import sample, write_tar
 
-from artemis_vlm import RunError, graft
+from artemis_vlm import CheckpointError, RunError, graft
 from demo import assets
 from pipelines import align, data, train
 from pipelines.checkpoint import Checkpoint, CheckpointStore
@@ -298,6 +298,24 @@ def test_what_a_checkpoint_does_not_fit_is_refused_before_it_takes_the_output_ov
             train.fit(replace(config, **change))
         assert (tmp_path / "run" / "run.json").read_bytes() == before
     assert [c.dtype for c in taken] == ["float32", "float32"], "auto goes on in what the run began in, on any CPU"
+
+
+def test_parts_are_refused_before_any_data_is_looked_for(sources: graft.Sources, tmp_path: Path) -> None:
+    config = bare.config(tmp_path / "run", tmp_path, tower=str(sources.tower), decoder=str(sources.decoder))
+    with pytest.raises(RunError, match="held_out is 0; a run is evaluated on at least 1 sample"):
+        train.fit(replace(config, held_out=0))
+    bare_decoder = shutil.copytree(sources.decoder, tmp_path / "bare", ignore=shutil.ignore_patterns("model*"))
+    with pytest.raises(CheckpointError, match=r"bare lacks model\.safetensors"):
+        train.fit(replace(config, decoder=str(bare_decoder)))
+    with pytest.raises(CheckpointError, match="decoder holds no Qwen3-VL vision tower"):
+        train.fit(replace(config, tower=str(sources.decoder)))
+    for place in ("foo://runs/a", "gs://runs/a"):
+        with pytest.raises(RunError, match=f"{place}.* cannot be reached: .*; expected a folder, an s3:// URI or a hub id"):
+            train.fit(replace(config, output=place))
+        with pytest.raises(RunError, match=f"{place} cannot be reached"):
+            train.fit(replace(config, decoder=place))
+    with pytest.raises(RunError, match="the output /proc/self cannot be written"):
+        RunFolder("/proc/self").write("run.json", "{}")
 
 
 def test_hub_data_of_another_commit_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import random
@@ -111,6 +112,22 @@ def test_small_shards_are_not_remembered(
     assert rows_of(shard) == rows_of(shard)
     assert len(walks) == 2
     assert not cache.exists()
+
+
+def test_members_of_other_kinds_are_read_or_named(tmp_path: Path) -> None:
+    path = tmp_path / "kinds.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for n, kind in enumerate((tarfile.REGTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE)):
+            for extension, data in sample(n)[1].items():
+                member = tarfile.TarInfo(f"{n:05d}.{extension}")
+                content = data.encode() if isinstance(data, str) else data
+                member.size, member.type = len(content), kind
+                archive.addfile(member, io.BytesIO(content))
+    regular, contiguous, *sparse = rows_of(path)
+    assert not regular.error
+    assert not contiguous.error
+    assert len(sparse) == 2
+    assert all("sparse file, which is not read" in row.error for row in sparse)
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
