@@ -125,9 +125,22 @@ class Alignment:
         return self.state["best"][1] if self.state["best"] else None
 
     def _fitting_tokens(self) -> int:
-        """Tokens of a micro-batch that fit the memory: measured on a made-up one, which also compiles what there is to."""
+        """Tokens of a micro-batch that fit the memory of every rank."""
         if self.device.type != "cuda":
             return CPU_MICRO_TOKENS
+        fitting = torch.tensor(self._measured_tokens(), device=self.device)
+        if dist.is_initialized():  # before anything is refused, so that every rank refuses it
+            dist.all_reduce(fitting, dist.ReduceOp.MIN)
+        tokens = int(fitting)
+        if tokens < self.config.max_tokens:
+            raise RunError(
+                f"the memory that is free on each GPU fits {tokens} tokens; the longest sample may have "
+                f"{self.config.max_tokens}: lower --max-tokens, free memory, or set --micro-tokens yourself"
+            )
+        return tokens
+
+    def _measured_tokens(self) -> int:
+        """Measured on a made-up micro-batch, which also compiles what there is to; 0 where not even that fits."""
         batch = self.pack([_made_up_example(self.spec, self.model.config.image_token_id, self.config.max_tokens)] * 4)
         try:
             batch = batch.to(self.device)
@@ -138,22 +151,18 @@ class Alignment:
             self.packed.loss(batch).backward()  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self.device)
         except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"{len(batch.input_ids)} tokens at once do not fit the memory ({error}); lower --max-tokens, free memory, "
-                "or set --micro-tokens yourself"
-            ) from error
+            logger.warning("%d tokens at once do not fit the memory: %s", len(batch.input_ids), error)
+            return 0
         a_token = (torch.cuda.max_memory_allocated(self.device) - before) / len(batch.input_ids)
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         unified = getattr(torch.cuda.get_device_properties(self.device), "is_integrated", False)
         tokens = int(free * (UNIFIED_MEMORY_SHARE if unified else MEMORY_SHARE) / a_token)
-        logger.info("a token takes %.1f MB of %.1f GB free: micro-batches of %d tokens", a_token / 1e6, free / 1e9, tokens)
-        if tokens < self.config.max_tokens:
-            raise RunError(
-                f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free, which fits {tokens} tokens; the longest may have "
-                f"{self.config.max_tokens}: lower --max-tokens, free memory, or set --micro-tokens yourself"
-            )
+        logger.info(
+            "a token takes %.1f MB of %.1f GB free of %.1f: micro-batches of %d tokens",
+            *(a_token / 1e6, free / 1e9, total / 1e9, tokens),
+        )
         return tokens
 
     def pack(self, examples: Sequence[Example]) -> PackedBatch:
