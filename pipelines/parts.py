@@ -231,8 +231,8 @@ class Output:
             self.store.write(RUN_FILE, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
             self.run = dict(run)
             return
-        for name in run:
-            ours, theirs = run[name], self.run.get(name)
+        for name in {**self.run, **run}:  # quantization is left out where it is none
+            ours, theirs = run.get(name, "none"), self.run.get(name, "none")
             if ours != theirs:
                 raise RunError(
                     f"the output {self.store.uri} holds captions with another {name} ({_short(theirs)}, now "

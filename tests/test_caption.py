@@ -152,6 +152,12 @@ def test_another_run_in_the_same_output_is_refused(
         caption.run(replace(config, prompt="Why?"))
     with pytest.raises(RunError, match="another max_tokens"):
         caption.run(replace(config, max_tokens=13))
+    with pytest.raises(RunError, match=r"another quantization \(none, now fp8\)"):
+        caption.run(replace(config, quantization="fp8"))
+    fp8 = replace(config, output=str(tmp_path / "fp8"), quantization="fp8")
+    caption.prepare(fp8)
+    with pytest.raises(RunError, match=r"another quantization \(fp8, now none\)"):
+        caption.prepare(replace(fp8, quantization="none"))
     other = tmp_path / "other"
     other.mkdir()
     for file in a3.iterdir():
