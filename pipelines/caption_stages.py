@@ -25,7 +25,7 @@ from artemis_vlm import chat, engines, graft
 from artemis_vlm.engines import EngineConfig, EngineKind, ImageEmbedding, ImageEncoder, SamplingParams
 from artemis_vlm.errors import RunError, SampleError
 from artemis_vlm.image import ImageSpec, Patches, decode_image, patchify
-from pipelines.feed import in_blocks, whole
+from pipelines.feed import by_bytes, in_blocks, whole
 from pipelines.fetch import FetchConfig, Fetcher
 from pipelines.parts import tar_members
 from pipelines.pictures import PictureShard, image_extension, open_pictures
@@ -35,6 +35,10 @@ Row = tuple[Any, ...]
 
 #: Of blocks between the stages.
 BLOCK_BYTES: Final = 4 << 20
+#: Images that are fetched together: many times the connections, so that slow hosts keep few of these waiting.
+FETCH_ROWS: Final = 256
+#: Of patches that wait to be sorted.
+SORTED_BYTES: Final = 64 << 20
 #: Images in one call of the tower.
 ENCODE_ROWS: Final = 16
 #: Requests that an engine has at least, as a multiple of its slots: what finishes is followed at once.
@@ -186,7 +190,7 @@ def read_blocks(work: Work, part_rows: int, output_format: FORMAT) -> Iterator[p
 
     A shard that cannot be read is one row that says why, with the number -1; an empty one a row without a reason.
     """
-    return in_blocks(_raw_rows(work, part_rows, output_format), RAW, BLOCK_BYTES)
+    return in_blocks(_raw_rows(work, part_rows, output_format), RAW, BLOCK_BYTES, BLOCK_BYTES // FETCH_ROWS)
 
 
 def _raw_rows(work: Work, part_rows: int, output_format: FORMAT) -> Iterator[Row]:
@@ -207,18 +211,26 @@ def _raw_rows(work: Work, part_rows: int, output_format: FORMAT) -> Iterator[Row
 
 
 class Decode:
-    """Image files to patches, those from URLs fetched; rows leave by size, so that batches hold images alike."""
+    """Image files to patches, those from URLs fetched; rows leave by size, so that batches hold images alike.
+
+    However many rows a block has, few are in memory: Ray joins blocks of URLs to some 40,000 rows.
+    """
 
     def __init__(self, job: Job) -> None:
         self.config, self.spec = job.config, job.spec(job.folder())
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         rows = table.to_pylist()
+        for at in range(0, len(rows), FETCH_ROWS):
+            for held in by_bytes(self._rows(rows[at : at + FETCH_ROWS]), _patch_bytes, SORTED_BYTES):
+                held.sort(key=lambda row: row[7] * row[8])
+                for first in range(0, len(held), ENCODE_ROWS):
+                    yield from in_blocks(held[first : first + ENCODE_ROWS], DECODED, BLOCK_BYTES)
+
+    def _rows(self, rows: Sequence[dict[str, Any]]) -> Iterator[Row]:
         fetched = asyncio.run(self._fetch([row["url"] for row in rows if row["url"]]))
-        decoded = [self._row(row, fetched.get(row["url"], row["image"])) for row in rows]
-        decoded.sort(key=lambda row: row[7] * row[8])
-        for at in range(0, len(decoded), ENCODE_ROWS):
-            yield from in_blocks(decoded[at : at + ENCODE_ROWS], DECODED, BLOCK_BYTES)
+        for row in rows:
+            yield self._row(row, fetched.get(row["url"], row["image"]))
 
     async def _fetch(self, urls: Sequence[str]) -> dict[str, bytes | SampleError]:
         if not urls:
@@ -248,6 +260,10 @@ class Decode:
         except SampleError as error:
             return *place, str(error), files, "", 0, 0, None
         return *place, None, files, engines.image_key(image), *patches.grid, patches.pixels
+
+
+def _patch_bytes(decoded: Row) -> int:
+    return 0 if decoded[-1] is None else decoded[-1].nbytes
 
 
 class Encode:

@@ -125,11 +125,15 @@ def _raw_rows(turn: Turn) -> Iterator[Row]:
         yield (turn.epoch, turn.rank, END, "", str(error), b"", b"")
 
 
-def in_blocks(rows: Iterable[Row], schema: pa.Schema, block_bytes: int) -> Iterator[pa.Table]:
-    """Rows as tables, each closed by the row that brings its binary data to `block_bytes`."""
+def in_blocks(rows: Iterable[Row], schema: pa.Schema, block_bytes: int, row_bytes: int = 0) -> Iterator[pa.Table]:
+    """Rows as tables, each closed by the row that brings its binary data to `block_bytes`.
+
+    Args:
+        row_bytes: what a row counts for at least.
+    """
 
     def size(row: Row) -> int:
-        return sum(_size(value) for value in row if not isinstance(value, (int, str)))
+        return max(row_bytes, sum(_size(value) for value in row if not isinstance(value, (int, str))))
 
     for held in by_bytes(rows, size, block_bytes):
         yield _table(held, schema)

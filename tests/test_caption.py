@@ -32,9 +32,9 @@ from samples import caption_encoder, jpeg, write_tar
 from transformers import PreTrainedTokenizerBase
 
 from artemis_vlm import RunError, chat, graft
-from artemis_vlm.image import ImageSpec, patchify
+from artemis_vlm.image import ImageSpec, decode_image, patchify
 from jobs.caption import main
-from pipelines import bench_caption, caption, data, fetch, parts, pictures
+from pipelines import bench_caption, caption, caption_stages, data, fetch, parts, pictures
 from pipelines.caption_stages import CaptionConfig, engine_config
 from pipelines.parts import CaptionRow, Layout, Output
 from pipelines.shards import find_shards, open_rows
@@ -305,6 +305,39 @@ def test_plain_files_tables_and_urls(
     (tmp_path / "files" / "x.tar").touch()
     with pytest.raises(RunError, match="both shards and 5 plain image files"):
         pictures.find_pictures(str(folder), 2)
+
+
+def test_urls_are_fetched_and_decoded_a_few_at_a_time(
+    base: CaptionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However Ray joins the blocks; and the first captions do not wait for the last URL."""
+    pq.write_table(pa.table({"url": [f"http://example.org/{n}.jpg" for n in range(700)]}), tmp_path / "u.parquet")
+    _, job = caption.prepare(replace(base, input=str(tmp_path / "u.parquet"), output=str(tmp_path / "out")))
+    blocks = list(caption_stages.read_blocks(job.work[0], 10, "parquet"))
+    assert [len(block) for block in blocks] == [256, 256, 188]
+    fetched: list[str] = []
+    decoded: list[bytes] = []
+
+    class Fake:
+        def __init__(self, _: fetch.FetchConfig) -> None: ...
+
+        async def fetch(self, url: str) -> bytes:
+            fetched.append(url)
+            return jpeg(0, 64, 64)
+
+    def decode(data: bytes) -> Image.Image:
+        decoded.append(data)
+        return decode_image(data)
+
+    monkeypatch.setattr(caption_stages, "Fetcher", Fake)
+    monkeypatch.setattr(caption_stages, "decode_image", decode)
+    monkeypatch.setattr(caption_stages, "SORTED_BYTES", 20 * 64 * 64 * 3)
+    left = 0
+    for table in caption_stages.Decode(job)(pa.concat_tables(blocks)):
+        assert len(fetched) <= left + 256
+        assert len(decoded) <= left + 20
+        left += len(table)
+    assert left == len(decoded) == len(fetched) == 700
 
 
 def test_remote_files_whose_names_are_patterns() -> None:
