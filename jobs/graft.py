@@ -16,6 +16,8 @@ import tyro
 
 from artemis_vlm import graft
 from artemis_vlm.errors import RunError, exit_code
+from artemis_vlm.image import ImageSpec
+from artemis_vlm.processing import check_spec
 from pipelines.storage import RunFolder, fetch_model
 
 
@@ -34,16 +36,17 @@ def build(
         text: a causal decoder with a tokenizer of the A-series layout; tokenizer, chat template and generation
             configuration are copied unchanged.
         output: where the model goes; must not hold one.
-        projector: a folder with a trained projector; without it, an untrained one.
-        min_pixels: area of the smallest image, after resizing; without it, the tower's own.
+        projector: a folder with a trained projector, whose images the model takes too; without it, an untrained one and
+            the tower's images.
+        min_pixels: area of the smallest image, after resizing; without it, the projector's or the tower's own.
         max_pixels: area of the largest.
     """
     sources = _sources(vision, text)
-    spec = graft.source_spec(sources, min_pixels, max_pixels)
     if projector is None:
-        weights = graft.new_projector(sources)
+        weights, spec = graft.new_projector(sources), graft.source_spec(sources, min_pixels, max_pixels)
     else:
-        weights = graft.read_projector(fetch_model(projector, (graft.PROJECTOR_FILE, "config.json")).path)
+        trained = fetch_model(projector, (graft.PROJECTOR_FILE, "config.json")).path
+        weights, spec = graft.read_projector(trained), _trained_spec(trained, sources, min_pixels, max_pixels)
     target = RunFolder(output)
     if target.pull("config.json"):
         raise RunError(f"{output} already holds a model; give another output or remove it")
@@ -68,6 +71,16 @@ def verify(folder: tyro.conf.Positional[str], against: tuple[str, str] | None = 
     print(
         f"{folder}: every frozen tensor is byte for byte what the manifest{' and the sources say' if against else ' says'}"
     )
+
+
+def _trained_spec(trained: Path, sources: graft.Sources, min_pixels: int | None, max_pixels: int | None) -> ImageSpec:
+    """The preprocessing that a projector was trained on, which the tower must take."""
+    spec = ImageSpec.load(trained)
+    check_spec(spec, graft.tower_config(sources.tower))
+    try:
+        return spec.with_limits(min_pixels, max_pixels)
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def _sources(vision: str, text: str) -> graft.Sources:

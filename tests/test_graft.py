@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from artemis_vlm import ArtemisVLMForConditionalGeneration, CheckpointError, ImageSpec, RunError, graft
+from artemis_vlm.image import CLIP_MEAN, CLIP_STD, PREPROCESSOR_FILE
 from jobs.graft import main
 
 
@@ -229,6 +230,35 @@ for tensor in stored.values():
     tensorfile.digest(tensor)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
+
+
+def test_a_trained_projector_brings_its_own_preprocessing(
+    sources: graft.Sources, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It means nothing on other pixels; a folder of the published package, without a file, means CLIP's."""
+    trained = ImageSpec(min_pixels=64 * 64, max_pixels=256 * 256, image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.3, 0.4))
+    small, published = tmp_path / "small", tmp_path / "published"
+    for folder in (small, published):
+        graft.write_projector(folder, sources, graft.new_projector(sources), trained)
+    (published / PREPROCESSOR_FILE).unlink()
+    ImageSpec(patch_size=14).save(shutil.copytree(small, tmp_path / "other"))
+
+    def build(output: str, projector: str, *limits: str) -> int:
+        line = ["build", "--vision", sources.tower, "--text", sources.decoder, "--projector", tmp_path / projector]
+        return main([*map(str, line), "--output", str(tmp_path / output), *limits])
+
+    for output, projector, limits, expected in (
+        ("a", "small", [], trained),
+        ("b", "small", ["--max-pixels", "16384"], trained.with_limits(None, 16384)),
+        ("c", "published", [], ImageSpec(image_mean=CLIP_MEAN, image_std=CLIP_STD)),
+    ):
+        assert build(output, projector, *limits) == 0
+        assert ImageSpec.load(tmp_path / output) == expected
+    capsys.readouterr()
+    assert (build("d", "other"), build("d", "small", "--max-pixels", "100")) == (1, 1)
+    patches, pixels = capsys.readouterr().err.splitlines()
+    assert "says patch_size 14, the vision tower 16" in patches
+    assert "max_pixels is 100; it must reach min_pixels (4096)" in pixels
 
 
 def test_copying_needs_no_memory(tmp_path: Path) -> None:
