@@ -54,7 +54,7 @@ from pipelines.feed import ShardSource
 from pipelines.local import is_alone, join_or_start
 from pipelines.machine import check_device
 from pipelines.parts import CaptionRow, Collector, Layout, Output
-from pipelines.pictures import PictureShard, find_pictures, open_pictures
+from pipelines.pictures import PictureShard, as_text, find_pictures, open_pictures
 from pipelines.report import CaptionSample, captions_page, duration
 from pipelines.shards import Shard
 from pipelines.shards import identity as data_identity
@@ -128,7 +128,7 @@ def prepare(config: CaptionConfig) -> tuple[Output, Job]:
 
 def run_identity(config: CaptionConfig, model: ModelFolder, shards: Sequence[PictureShard], dtype: str) -> dict[str, Any]:
     """What must be the same for an output to be continued: all that decides its rows."""
-    files = [Shard(s.name if not s.files else "\n".join((s.name, *s.files)), s.uri) for s in shards]
+    files = [Shard("\n".join((s.name, *map(as_text, s.files))), s.uri) for s in shards]
     same = ("prompt", "max_tokens", "temperature", "seed", "max_pixels", "format", "part_rows")
     quantized = {} if config.quantization == "none" else {"quantization": config.quantization}
     return {

@@ -50,7 +50,7 @@ class PictureShard:
 class Picture:
     """One image, or where it is, or why it is not there.
 
-    key: of the sample in its shard: WebDataset's, the row's number in a table, or a file's path in its folder
+    key: of the sample in its shard: WebDataset's, the row's number in a table, or a file's path in its folder, as text
     files: all that the sample is in a WebDataset, by extension; empty elsewhere
     """
 
@@ -145,19 +145,25 @@ class FilePictures:
             names = [self.shard.files[row] for row in some]
             read = partial(_file, files, root)
             for name, data in zip(names, each(read, names) if is_remote(self.shard.uri) else map(read, names)):
-                yield Picture(name, data) if isinstance(data, bytes) else Picture(name, error=data)
+                key = as_text(name)
+                yield Picture(key, data) if isinstance(data, bytes) else Picture(key, error=data)
 
 
 def _file(files: Any, root: str, name: str) -> bytes | str:
     """The bytes of a file, or why there are none."""
-    path = posixpath.join(root, name)
+    path, said = posixpath.join(root, name), as_text(name)
     try:
-        data: bytes = retried(f"the file {name} could not be read", lambda: files.cat_file(path))
+        data: bytes = retried(f"the file {said} could not be read", lambda: files.cat_file(path))
     except FileNotFoundError:
-        return f"the file {name} is gone"
+        return f"the file {said} is gone"
     except RunError as error:
         return str(error)
     return data
+
+
+def as_text(name: str) -> str:
+    """A file's name with what is no UTF-8 in it, which Python keeps as surrogates, spelled out."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def image_extension(data: bytes) -> str:

@@ -307,6 +307,22 @@ def test_plain_files_tables_and_urls(
         pictures.find_pictures(str(folder), 2)
 
 
+def test_files_whose_names_are_not_text(base: CaptionConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for n, name in enumerate((b"caf\xe9.jpg", "caf\u00e9.jpg".encode(), b"gone\xff.jpg")):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(jpeg(n))
+    _, job = caption.prepare(replace(base, input=str(folder), output=str(tmp_path / "out")))
+    Path(os.fsdecode(os.fsencode(folder) + b"/gone\xff.jpg")).unlink()
+    (block,) = caption_stages.read_blocks(job.work[0], 10, "parquet")
+    found = {row["key"]: (row["image"], row["error"]) for row in block.to_pylist()}
+    assert found == {
+        "caf\\xe9.jpg": (jpeg(0), None),
+        "caf\u00e9.jpg": (jpeg(1), None),
+        "gone\\xff.jpg": (b"", "the file gone\\xff.jpg is gone"),
+    }
+
+
 def test_urls_are_fetched_and_decoded_a_few_at_a_time(
     base: CaptionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
