@@ -46,6 +46,7 @@ from pipelines.caption_stages import (
     Job,
     Pool,
     Work,
+    fetch_all,
     image_spec,
     most_image_tokens,
     read_blocks,
@@ -325,27 +326,42 @@ class Progress:
 
 
 def write_page(config: CaptionConfig, output: Output) -> None:
-    """A page with some rows of one part, images and captions, beside the output."""
+    """A page with some rows of one part, images and captions, beside the output; the input may be gone by then."""
     assert output.run is not None
     part = min(output.notes)
     rows = [row for row, _ in output.rows(part)]
-    rows = (
-        [rows[i] for i in sorted({round(i * (len(rows) - 1) / (PAGE_SAMPLES - 1)) for i in range(PAGE_SAMPLES)})]
-        if rows
-        else []
-    )
+    shown = sorted({round(i * (len(rows) - 1) / (PAGE_SAMPLES - 1)) for i in range(PAGE_SAMPLES)}) if rows else []
+    rows = [rows[i] for i in shown]
+    try:
+        images = _images(config, rows) if rows else []
+    except RunError as error:
+        logger.warning("%s shows no images: %s", PAGE_FILE, error)
+        images = [b""] * len(rows)
     samples = []
-    if rows:
-        shard = next(s for s in find_pictures(config.input, config.part_rows) if s.name == rows[0].shard)
-        with open_pictures(shard) as pictures:
-            for row, picture in zip(rows, pictures.read([row.row for row in rows])):
-                what = f"{row.shard} {row.key}"
-                samples.append(
-                    CaptionSample(picture.image, row.caption, what if row.error is None else f"{what}: {row.error}")
-                )
+    for row, image in zip(rows, images):
+        what = f"{row.shard} {row.key}"
+        samples.append(CaptionSample(image, row.caption, what if row.error is None else f"{what}: {row.error}"))
     done = sum(note.rows for note in output.notes.values())
     failed = Counter[str]()
     for note in output.notes.values():
         failed.update(note.failed)
     where = f"{config.model.rstrip('/').rpartition('/')[2]}, {output.run['dtype']}: {config.prompt}"
     output.store.write(PAGE_FILE, captions_page(f"{done} images captioned", where, samples, failed.most_common(20)))
+
+
+def _images(config: CaptionConfig, rows: Sequence[CaptionRow]) -> list[bytes]:
+    """The image files of some rows of one shard, read or fetched again; empty where that fails.
+
+    Raises:
+        RunError: the shard is not there any more, cannot be read, or is another.
+    """
+    shard = next((s for s in find_pictures(config.input, config.part_rows) if s.name == rows[0].shard), None)
+    if shard is None:
+        raise RunError(f"the shard {rows[0].shard} is gone")
+    with open_pictures(shard) as pictures:
+        if rows[-1].row >= len(pictures):
+            raise RunError(f"the shard {shard.name} now has {len(pictures)} rows")
+        found = list(pictures.read([row.row for row in rows]))
+    fetched = fetch_all(config.fetch, [picture.url for picture in found if picture.url])
+    images = [fetched.get(picture.url, picture.image) for picture in found]
+    return [image if isinstance(image, bytes) else b"" for image in images]

@@ -228,23 +228,9 @@ class Decode:
                     yield from in_blocks(held[first : first + ENCODE_ROWS], DECODED, BLOCK_BYTES)
 
     def _rows(self, rows: Sequence[dict[str, Any]]) -> Iterator[Row]:
-        fetched = asyncio.run(self._fetch([row["url"] for row in rows if row["url"]]))
+        fetched = fetch_all(self.config.fetch, [row["url"] for row in rows if row["url"]])
         for row in rows:
             yield self._row(row, fetched.get(row["url"], row["image"]))
-
-    async def _fetch(self, urls: Sequence[str]) -> dict[str, bytes | SampleError]:
-        if not urls:
-            return {}
-        fetcher = Fetcher(self.config.fetch)  # its turns belong to one event loop
-
-        async def fetch(url: str) -> bytes | SampleError:
-            try:
-                return await fetcher.fetch(url)
-            except SampleError as error:
-                return error
-
-        unique = list(dict.fromkeys(urls))
-        return dict(zip(unique, await asyncio.gather(*map(fetch, unique))))
 
     def _row(self, row: dict[str, Any], image: bytes | SampleError) -> Row:
         place = row["shard"], row["row"], row["rows"], row["key"]
@@ -260,6 +246,23 @@ class Decode:
         except SampleError as error:
             return *place, str(error), files, "", 0, 0, None
         return *place, None, files, engines.image_key(image), *patches.grid, patches.pixels
+
+
+def fetch_all(config: FetchConfig, urls: Sequence[str]) -> dict[str, bytes | SampleError]:
+    """What is behind each URL, or why nothing is."""
+
+    async def gather(unique: Sequence[str]) -> dict[str, bytes | SampleError]:
+        fetcher = Fetcher(config)  # its turns belong to one event loop
+
+        async def fetch(url: str) -> bytes | SampleError:
+            try:
+                return await fetcher.fetch(url)
+            except SampleError as error:
+                return error
+
+        return dict(zip(unique, await asyncio.gather(*map(fetch, unique))))
+
+    return asyncio.run(gather(list(dict.fromkeys(urls)))) if urls else {}
 
 
 def _patch_bytes(decoded: Row) -> int:

@@ -269,7 +269,7 @@ def test_webdataset_out_is_training_data(
 
 
 def test_plain_files_tables_and_urls(
-    base: CaptionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Mapping[str, str]
+    base: CaptionConfig, tmp_path: Path, server: Mapping[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "files"
     (folder / "deep").mkdir(parents=True)
@@ -302,6 +302,16 @@ def test_plain_files_tables_and_urls(
         "the image URL answered with status 404",
         "the image URL's host 127.0.0.1 is not a public web server",
     ]
+    (output, _), page = caption.prepare(config), tmp_path / "3" / caption.PAGE_FILE
+    caption.write_page(config, output)
+    assert page.read_text().count("<img") == 2
+    pq.write_table(pa.table({"url": urls[:2]}), tmp_path / "u.parquet")
+    for says in ("the shard u.parquet now has 2 rows", "does not exist"):  # which is no reason not to finish
+        caption.write_page(config, output)
+        assert f"{caption.PAGE_FILE} shows no images: " in caplog.text
+        assert says in caplog.text
+        assert (page.read_text().count("<img"), page.read_text().count("u.parquet")) == (0, 4)
+        (tmp_path / "u.parquet").unlink(missing_ok=True)
     (tmp_path / "files" / "x.tar").touch()
     with pytest.raises(RunError, match="both shards and 5 plain image files"):
         pictures.find_pictures(str(folder), 2)
