@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import re
 import subprocess
 import sys
 import tarfile
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from artemis_vlm.version import __version__
 
@@ -71,6 +73,20 @@ def test_the_sdist_builds_without_git(built: Path) -> None:
         names = {name.partition("/")[2] for name in opened.getnames()}
     assert {"LICENSE", "README.md", "pyproject.toml", "artemis_vlm/modeling.py"} <= names
     assert not any(name.startswith("demo/") for name in names)
+
+
+def test_the_nodes_of_a_cluster_install_it_with_what_was_tested() -> None:
+    """Every file that the set-up names is mounted, from where the repo and `make package` have it."""
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    (setup,), mounts = config["setup_commands"], config["file_mounts"]
+    wheel = f"artemis_vlm-{__version__}-py3-none-any.whl"
+    assert f"pip install -q -c ~/constraints.txt ~/{wheel}'[ray,gpu]'" in setup
+    token = {"~/.ray/auth_token": "~/.ray/auth_token"}
+    assert mounts == token | {"~/constraints.txt": "constraints.txt", f"~/{wheel}": f"dist/{wheel}"}
+    assert set(re.findall(r"~/[\w./-]+", setup)) - {"~/a3", "~/a3/bin/activate"} == mounts.keys() - token.keys()
+    pinned = re.search(r"torch==\S+", setup)
+    assert pinned is not None
+    assert pinned[0] in (ROOT / "constraints.txt").read_text().split()
 
 
 def test_the_unpacked_wheel_works_by_itself(wheel: Path, tmp_path: Path) -> None:
