@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,14 @@ from pipelines import placement
 from pipelines.recipe import A3
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_submitted_commands_name_places_that_every_node_sees() -> None:
+    """Of a working directory Ray uploads what git does not ignore."""
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("ray job submit")]
+    places = re.findall(r"--(?:model|input|output) (\S+)", " ".join(lines))
+    assert len(places) >= 5
+    assert [place for place in places if not place.startswith(("/", "s3://"))] == []
 
 
 def test_cluster_yaml_is_valid() -> None:
