@@ -137,6 +137,7 @@ def test_pick_see_stop_and_copy(tmp_path: Path) -> None:
             local = subprocess.run(["bash", "-c", curl.replace("| curl ", "| cat #")], cwd=tmp_path, capture_output=True)
             assert b'"image_url"' in local.stdout
             assert base64.b64encode(photo.read_bytes()) in local.stdout
+            assert json.loads(local.stdout) | {"stream": True} == asked[-1], "what the page asks, but for the stream"
 
             await browser.run("document.getElementById('prompt').value = 'endless'; document.getElementById('send').click()")
             await browser.until("document.getElementById('answer').textContent.includes('red')")
