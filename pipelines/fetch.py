@@ -32,11 +32,12 @@ MEDIA_TYPES: Final = frozenset(
 )
 REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 CHUNK: Final = 64 * 1024
-#: `is_global` of the standard library lets these through: multicast aside, relays and translators that lead back inside,
-#: and cloud platforms' own services at public addresses.
+#: `is_global` of the standard library lets these through, in some releases at least: multicast aside, relays and
+#: translators that lead back inside, and cloud platforms' own services at public addresses.
 NOT_PUBLIC: Final = tuple(
     ipaddress.ip_network(n)
     for n in (
+        "192.0.0.0/24",  # protocol assignments; one was Oracle Cloud's metadata
         "192.88.99.0/24",  # 6to4 relays
         "168.63.129.16/32",  # Azure's host
         "2002::/16",  # 6to4
