@@ -15,7 +15,9 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -32,6 +34,9 @@ MEDIA_TYPES: Final = frozenset(
 )
 REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 CHUNK: Final = 64 * 1024
+#: Names that are looked up at once. In threads of their own, which the lookup of a slow name holds long after its fetch
+#: has been given up: others' threads would be gone for all else that the process does.
+LOOKUPS: Final = ThreadPoolExecutor(32, "lookup")
 #: `is_global` of the standard library lets these through, in some releases at least: multicast aside, relays and
 #: translators that lead back inside, and cloud platforms' own services at public addresses.
 NOT_PUBLIC: Final = tuple(
@@ -236,7 +241,8 @@ def _location(response: h11.Response) -> str:
 
 
 async def system_resolve(host: str, port: int) -> list[str]:
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(LOOKUPS, look_up)
     return [str(sockaddr[0]) for *_, sockaddr in found]
 
 

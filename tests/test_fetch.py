@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import socket
 import ssl
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -164,6 +166,23 @@ def test_other_spellings_of_loopback(host: str) -> None:
 def test_names_that_no_resolver_asks_for(host: str) -> None:
     with pytest.raises(SampleError, match="the image URL is not a URL"):
         asyncio.run(Fetcher(FetchConfig()).fetch(f"http://{host}/x.jpg"))
+
+
+def test_slow_names_hold_up_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(10))
+
+    async def main() -> None:
+        fetcher = Fetcher(FetchConfig(timeout_s=0.2))
+        urls = [f"http://slow{i}.example/x" for i in range(fetcher.config.concurrency)]
+        for error in await asyncio.gather(*map(fetcher.fetch, urls), return_exceptions=True):
+            assert "within 0.2 s" in str(error)
+        await asyncio.wait_for(asyncio.to_thread(int), 2)
+
+    try:
+        asyncio.run(main())
+    finally:
+        answered.set()
 
 
 def test_the_checked_address_is_dialled_and_the_name_is_asked_once() -> None:
