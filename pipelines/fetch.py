@@ -1,7 +1,7 @@
 """Images that strangers name by URL, fetched so that they reach nothing but public web servers.
 
-A name is resolved once, every address it has must be public, and the checked address itself is dialled, with the name
-in `Host` and in TLS; each redirect goes through the same. Bytes, time, redirects, ports and media types are bounded.
+A name is resolved once, every address it has must be public, and the checked addresses themselves are dialled, with the
+name in `Host` and in TLS; each redirect goes through the same. Bytes, time, redirects, ports and media types are bounded.
 Error texts tell neither addresses nor what a connection said, so that nobody can map a network with them.
 
 Knows nothing of images: `artemis_vlm.image` reads the bytes.
@@ -34,6 +34,8 @@ MEDIA_TYPES: Final = frozenset(
 )
 REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 CHUNK: Final = 64 * 1024
+#: Addresses of a name that are dialled before giving up.
+ADDRESSES: Final = 4
 #: Names that are looked up at once. In threads of their own, which the lookup of a slow name holds long after its fetch
 #: has been given up: others' threads would be gone for all else that the process does.
 LOOKUPS: Final = ThreadPoolExecutor(32, "lookup")
@@ -127,11 +129,23 @@ class Fetcher:
         addresses = await self._resolve(host, port)
         if not addresses or not all(map(is_public, addresses)):
             raise SampleError(f"the image URL's host {host} is not a public web server")
-        reader, writer = await self._dial(addresses[0], port, self._tls if url.scheme == "https" else None, host)
+        reader, writer = await self._connect(addresses[:ADDRESSES], port, self._tls if url.scheme == "https" else None, host)
         try:
             return await self._exchange(reader, writer, url)
         finally:
             writer.close()
+
+    async def _connect(
+        self, addresses: Sequence[str], port: int, tls: ssl.SSLContext | None, host: str
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """To the first that answers: where there is no IPv6, a name's first address may lead nowhere."""
+        *others, last = addresses
+        for address in others:
+            try:
+                return await self._dial(address, port, tls, host)
+            except OSError:
+                continue
+        return await self._dial(last, port, tls, host)
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, url: SplitResult) -> bytes | str:
         connection = h11.Connection(h11.CLIENT)

@@ -40,6 +40,7 @@ class Web:
     ) -> None:
         self.answers, self.tls = answers, tls
         self.addresses: dict[str, list[list[str]]] = {}
+        self.down: set[str] = set()
         self.dialled: list[tuple[str, int, str]] = []
         self.resolved: list[str] = []
         self.requests: list[bytes] = []
@@ -51,6 +52,8 @@ class Web:
 
     async def dial(self, address: str, port: int, tls: ssl.SSLContext | None, host: str):
         self.dialled.append((address, port, host))
+        if address in self.down:
+            raise ConnectionRefusedError
         return await asyncio.open_connection("127.0.0.1", self.port, ssl=tls, server_hostname=host if tls else None)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -193,6 +196,18 @@ def test_the_checked_address_is_dialled_and_the_name_is_asked_once() -> None:
     assert web.resolved == ["rebind.example"]
     assert web.dialled == [(PUBLIC, 80, "rebind.example")]
     assert b"\r\nHost: rebind.example\r\n" in web.requests[0]
+
+
+def test_addresses_are_dialled_until_one_answers() -> None:
+    web = Web({"/x": response()})
+    many = [f"2606:4700::{i}" for i in range(1, 6)]
+    web.addresses["a.example"] = [[*many[:2], PUBLIC, "8.8.8.8"]]
+    web.down = {*many}
+    assert web.fetch("http://a.example/x") == JPEG
+    assert [address for address, *_ in web.dialled] == [*many[:2], PUBLIC]
+    web.addresses["a.example"], web.dialled = [[*many, PUBLIC]], []
+    refused(web, "http://a.example/x", "the connection failed")
+    assert [address for address, *_ in web.dialled] == many[:4]
 
 
 def test_every_redirect_is_checked_anew() -> None:
