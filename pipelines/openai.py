@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import from_json
 
 from artemis_vlm.errors import ArtemisError, SampleError
 
@@ -256,9 +257,10 @@ def _plain_message(message: Message) -> dict[str, Any]:
 
 def _plain_call(call: ToolCall) -> dict[str, Any]:
     try:
-        arguments = json.loads(call.function.arguments or "{}")
+        # As bodies are read, and unlike `json`: no deeper than the stages can follow, no half characters.
+        arguments = from_json(call.function.arguments or "{}")
     except ValueError as error:
-        raise ApiError(400, "the arguments of a tool call are not JSON", "messages") from error
+        raise ApiError(400, f"the arguments of a tool call are not JSON: {error}", "messages") from error
     return {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
@@ -341,7 +343,7 @@ def _overlap(text: str, marker: str) -> int:
 
 def _is_call(text: str) -> bool:
     try:
-        call = json.loads(text)
+        call = from_json(text)
     except ValueError:
         return False
     return isinstance(call, dict) and isinstance(call.get("name"), str)
@@ -349,7 +351,7 @@ def _is_call(text: str) -> bool:
 
 def tool_call(text: str, answer_id: str, index: int) -> dict[str, Any]:
     """A call as the decoder writes it, in OpenAI's shape."""
-    call = json.loads(text)
+    call = from_json(text)
     arguments = json.dumps(call.get("arguments", {}), ensure_ascii=False)
     return {
         "id": f"call_{answer_id[-24:]}_{index}",

@@ -24,6 +24,7 @@ import serving
 import torch
 from ray import serve as ray_serve
 from serving import KEY, ask, body, http, picture, replica_pids, turn, uri
+from transformers import PreTrainedTokenizerBase
 
 from artemis_vlm import ArtemisVLMForConditionalGeneration, RunError, SampleError, chat, graft
 from artemis_vlm.engines import EngineConfig
@@ -97,7 +98,11 @@ def test_what_asks_for_nothing_is_accepted() -> None:
     assert openai.parse_chat(body(messages=[answered])).plain_messages() == [{"role": "assistant", "content": "a"}]
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}'])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}',
+     body().replace(b"hi", rb"\ud800")],
+)  # fmt: skip
 def test_bodies_that_are_not_requests(data: bytes) -> None:
     with pytest.raises(ApiError) as error:
         openai.parse_chat(data)
@@ -130,9 +135,35 @@ def test_answers_come_apart_into_thoughts_text_and_calls(size: int) -> None:
     assert whole["usage"]["total_tokens"] == 7
 
 
-def test_a_call_that_is_no_call_stays_text() -> None:
-    pieces = list(AnswerParser().feed("<tool_call>[1]</tool_call>x", last=True))
-    assert pieces == [Piece("content", "<tool_call>[1]</tool_call>"), Piece("content", "x")]
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    "call", ["[1]", '{"name": "f", "arguments": "\\ud800"}', '{"name": "\\udc00"}', nested(5000)], ids=range(4)
+)
+def test_a_call_that_is_no_call_stays_text(call: str) -> None:
+    pieces = list(AnswerParser().feed(f"<tool_call>{call}</tool_call>x", last=True))
+    assert pieces == [Piece("content", f"<tool_call>{call}</tool_call>"), Piece("content", "x")]
+
+
+def called(arguments: str) -> list[dict[str, Any]]:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [*turn("a"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "b", "tool_call_id": "1"}]
+
+
+@pytest.mark.parametrize("arguments", ["{", "[" * 100_000, nested(900), '{"a": "\\ud800"}'], ids=range(4))
+def test_arguments_of_a_call_that_are_not_json(arguments: str) -> None:
+    with pytest.raises(ApiError, match="the arguments of a tool call are not JSON") as error:
+        openai.parse_chat(body(messages=called(arguments))).plain_messages()
+    assert error.value.status == 400
+
+
+def test_arguments_of_a_call_reach_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    for arguments in ("", '{"a": "\\ud83d\\ude00"}', nested(200)):
+        messages = openai.parse_chat(body(messages=called(arguments))).plain_messages()
+        prompt = tokenizer.decode(chat.encode_prompt(tokenizer, messages))
+        assert json.dumps(json.loads(arguments or "{}"), ensure_ascii=False) in prompt
 
 
 def test_an_open_server_needs_a_key() -> None:
