@@ -198,11 +198,8 @@ def _check_images(request: ChatRequest) -> None:
     for index, message in enumerate(request.messages):
         param = f"messages[{index}].content"
         parts = message.content if isinstance(message.content, list) else []
-        images = sum(isinstance(part, ImagePart) for part in parts)
-        if images and message.role != "user":
+        if message.role != "user" and any(isinstance(part, ImagePart) for part in parts):
             raise ApiError(400, f"a message of the role {message.role} holds an image; only user messages may", param)
-        if images > 1:
-            raise ApiError(400, f"a message holds {images} images; this model takes one a turn", param)
         if message.content is None and not (message.role == "assistant" and message.tool_calls):
             raise ApiError(400, "a message has no content", param)
     urls = request.image_urls()

@@ -66,7 +66,7 @@ NEW = 12
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]}, "messages[0].content[0].x"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": turn("a", b"x", b"y")}, "messages[0].content"),
+        ({"messages": turn("a", *[b"x"] * 9)}, "messages"),
         ({"messages": [{"role": "system", "content": turn("a", b"x")[0]["content"]}]}, "messages[0].content"),
         ({"messages": turn("a", b"x"), "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
@@ -107,6 +107,12 @@ def test_bodies_that_are_not_requests(data: bytes) -> None:
     with pytest.raises(ApiError) as error:
         openai.parse_chat(data)
     assert error.value.status == 400
+
+
+def test_how_many_images_a_turn_holds_is_the_checkpoints(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = openai.parse_chat(body(messages=turn("a", b"x", b"y"))).plain_messages()
+    prompt = chat.encode_prompt(tokenizer, messages, image_tokens=[1, 2], max_images_per_turn=2)
+    assert prompt.count(chat.image_token_id(tokenizer)) == 3
 
 
 def test_errors_never_hold_image_data() -> None:
@@ -317,6 +323,7 @@ def test_sampling_stop_and_models(client: client_library.OpenAI) -> None:
         ({"messages": turn("a", b"not an image")}, "are not a readable image"),
         ({"messages": turn("a", picture()), "max_tokens": 5000}, "max_tokens is 5000; together they may be 600"),
         ({"messages": turn("a b " * 600), "max_tokens": None}, r"has \d+ tokens; with its answer it may have 600"),
+        ({"messages": turn("a", picture(), picture(1))}, "a user turn holds 2 images; this model takes at most 1 in a turn"),
         ({"messages": turn("a"), "logit_bias": {"1": 1}}, "logit_bias is not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a"}}]}]},
          "not a public web server"),
