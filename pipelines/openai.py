@@ -26,6 +26,13 @@ IDLE: Final[dict[str, Any]] = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logprobs": False,
+    "top_logprobs": 0,
+    "logit_bias": {},
+    "stop": [],
+    "store": False,
+    "metadata": {},
+    "modalities": ["text"],
+    "service_tier": "auto",
     "response_format": {"type": "text"},
     "parallel_tool_calls": True,
 }

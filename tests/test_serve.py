@@ -56,7 +56,13 @@ NEW = 12
         ({"max_tokens": "3"}, "max_tokens"),
         ({"temperature": 3}, "temperature"),
         ({"top_p": 0}, "top_p"),
-        ({"stop": []}, "stop"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logit_bias": {"1": 1}}, "logit_bias"),
+        ({"store": True}, "store"),
+        ({"metadata": {"a": "b"}}, "metadata"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"service_tier": "flex"}, "service_tier"),
+        ({"stop": ""}, "stop"),
         ({"stop": [""]}, "stop[0]"),
         ({"stop": list("abcde")}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -86,7 +92,8 @@ def test_what_asks_for_nothing_is_accepted() -> None:
     assert openai.parse_chat(body(**dict.fromkeys(nulls))) == plain
     penalties = {"frequency_penalty": 0, "presence_penalty": 0.0}
     idle = {"logprobs": False, "response_format": {"type": "text"}, "parallel_tool_calls": True}
-    assert openai.parse_chat(body(**penalties, **idle)) == plain
+    idle |= {"top_logprobs": 0, "logit_bias": {}, "stop": [], "store": False, "metadata": {}, "modalities": ["text"]}
+    assert openai.parse_chat(body(**penalties, **idle, service_tier="auto")) == plain
     assert openai.parse_chat(body(n=1)).n == 1
     usage = openai.parse_chat(body(stream=True, stream_options={"include_usage": None})).stream_options
     assert usage is not None
