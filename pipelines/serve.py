@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -82,7 +82,7 @@ class Api:
         #: Replicas that run, by deployment; empty until the first look.
         self.stages: dict[str, int] = {}
         self.watcher: asyncio.Task[None] | None = None
-        self.requests = metrics.Counter("a3_requests", "Requests by status.", ("status",))
+        self.requests = metrics.Counter("a3_requests", "Chat requests with a key, by status.", ("status",))
         self.seconds = metrics.Histogram("a3_request_seconds", "From request to the end of its answer.", SECONDS)
         self.first_token = metrics.Histogram("a3_first_token_seconds", "From request to the first text.", SECONDS)
         self.in_flight = metrics.Gauge("a3_requests_running", "Requests that run or wait in this Api.")
@@ -135,11 +135,7 @@ class Api:
         started = time.perf_counter()
         if self.watcher is None:
             self.watcher = asyncio.create_task(self._keep_watch())
-        # Also keeps other sites' pages out, whose forms cannot send this type unasked.
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            raise ApiError(400, "the Content-Type must be application/json")
-        asked = openai.parse_chat(await request.body())
-        self._check_model(asked.model)
+        asked = await self._asked(request)
         answer = AnswerFormat(f"chatcmpl-{uuid.uuid4().hex}", self.config.model_name)
         if not asked.stream:
             with self._turn(started):
@@ -152,30 +148,35 @@ class Api:
             _chained(first, stream), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
 
+    async def _asked(self, request: Request) -> ChatRequest:
+        try:
+            # Also keeps other sites' pages out, whose forms cannot send this type unasked.
+            if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+                raise ApiError(400, "the Content-Type must be application/json")
+            asked = openai.parse_chat(await request.body())
+            self._check_model(asked.model)
+        except ApiError as error:
+            self.requests.inc(tags={"status": str(error.status)})
+            raise
+        return asked
+
     async def _stream(self, asked: ChatRequest, answer: AnswerFormat, started: float) -> AsyncGenerator[str, None]:
-        with self._turn(started):
-            source = self._grow(asked, answer.id, started)
-            shown = False
-            try:
-                async for grown in source:
-                    text = "" if shown else answer.first()
-                    if not shown:
-                        self.first_token.observe(time.perf_counter() - started)
-                    text += "".join(map(answer.piece, grown.pieces))
-                    if grown.finish_reason is not None:
-                        text += answer.last(grown.finish_reason)
-                        if asked.stream_options and asked.stream_options.include_usage:
-                            text += answer.usage(grown.usage)
-                        text += openai.DONE
-                    shown = True
-                    yield text
-            except ApiError as error:
-                if not shown:
-                    raise
-                # The status is out already: an event says that the answer is not whole, and no [DONE] follows.
-                yield openai.event(error.body())
-            finally:
-                await source.aclose()
+        shown = False
+        try:
+            with self._turn(started):
+                async with aclosing(self._grow(asked, answer.id, started)) as source:
+                    async for grown in source:
+                        text = _events(asked, answer, grown)
+                        if not shown:
+                            self.first_token.observe(time.perf_counter() - started)
+                            text = answer.first() + text
+                        shown = True
+                        yield text
+        except ApiError as error:
+            if not shown:
+                raise
+            # The status is out already: an event says that the answer is not whole, and no [DONE] follows.
+            yield openai.event(error.body())
 
     async def _grow(self, asked: ChatRequest, answer_id: str, started: float) -> AsyncGenerator[Grown, None]:
         """The decoder's stream, started anew once if its replica goes before the first text."""
@@ -349,6 +350,16 @@ def job_of(asked: ChatRequest, answer_id: str) -> Job:
         seed=asked.seed,
         stop=asked.stops,
     )
+
+
+def _events(asked: ChatRequest, answer: AnswerFormat, grown: Grown) -> str:
+    text = "".join(map(answer.piece, grown.pieces))
+    if grown.finish_reason is not None:
+        text += answer.last(grown.finish_reason)
+        if asked.stream_options and asked.stream_options.include_usage:
+            text += answer.usage(grown.usage)
+        text += openai.DONE
+    return text
 
 
 async def _chained(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:

@@ -245,6 +245,7 @@ class Decoder:
 
         Raises:
             SampleError: the conversation cannot be answered as it is.
+            RunError: the engine is broken, or broke the answer off.
         """
         embedded = [image if isinstance(image, ImageEmbedding) else await self._embed(image) for image in images]
         request, thinks = await asyncio.to_thread(self._request, job, tuple(embedded), stream)
@@ -253,6 +254,8 @@ class Decoder:
         count = 0
         async for delta in self.engine.generate(request):
             count += len(delta.token_ids)
+            if delta.finish_reason == "cancelled":
+                raise engines.broken_off(request)
             last = delta.finish_reason is not None
             spelled = [Piece("content", delta.text)] if delta.text else []
             pieces = spelled if plain else list(parser.feed(delta.text, last))

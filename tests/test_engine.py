@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -253,6 +254,16 @@ def test_many_at_once_over_asyncio(engine: TransformersEngine, cases: list[Case]
     done = asyncio.run(main())
     assert [list(d.token_ids) for d in done] == [c.expected for c in cases]
     assert engine.stats().running == engine.stats().waiting == 0
+
+
+def test_an_answer_that_the_engine_breaks_off_is_an_error(cases: list[Case]) -> None:
+    class Engine:
+        async def generate(self, request: Request) -> AsyncIterator[Delta]:
+            yield Delta((1,), "half")
+            yield Delta((), "", "cancelled")
+
+    with pytest.raises(RunError, match=f"broke off the request {cases[0].request.id} before its answer was whole"):
+        asyncio.run(complete(Engine(), cases[0].request))
 
 
 def test_leaving_a_stream_frees_its_slot(

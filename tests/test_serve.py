@@ -14,8 +14,10 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai as client_library
@@ -26,8 +28,8 @@ from ray import serve as ray_serve
 from serving import KEY, ask, body, http, picture, replica_pids, turn, uri
 from transformers import PreTrainedTokenizerBase
 
-from artemis_vlm import ArtemisVLMForConditionalGeneration, RunError, SampleError, chat, graft
-from artemis_vlm.engines import EngineConfig
+from artemis_vlm import ArtemisVLMForConditionalGeneration, RunError, SampleError, chat, engines, graft
+from artemis_vlm.engines import EngineConfig, SamplingParams
 from artemis_vlm.image import decode_image, patchify
 from artemis_vlm.modeling import normalize
 from jobs.serve import main
@@ -177,6 +179,55 @@ def test_arguments_of_a_call_reach_the_prompt(tokenizer: PreTrainedTokenizerBase
         messages = openai.parse_chat(body(messages=called(arguments))).plain_messages()
         prompt = tokenizer.decode(chat.encode_prompt(tokenizer, messages))
         assert json.dumps(json.loads(arguments or "{}"), ensure_ascii=False) in prompt
+
+
+class Half:
+    """An engine, and a stage's stream, that break off."""
+
+    async def generate(self, request: engines.Request) -> AsyncIterator[engines.Delta]:
+        yield engines.Delta((1,), "half")
+        yield engines.Delta((), "", "cancelled")
+
+    async def grow(self, *_: object) -> AsyncIterator[stages.Grown]:
+        yield stages.Grown((Piece("content", "half"),), Usage(1, 1))
+        raise ApiError(503, "gone")
+
+
+def test_an_answer_that_breaks_off_is_no_answer() -> None:
+    decoder = stages.Decoder.func_or_class
+    request = engines.Request("7", (1,), SamplingParams(max_tokens=2))
+    stage = SimpleNamespace(engine=Half(), _request=lambda *_: (request, False))
+    job = serve.job_of(openai.parse_chat(body()), "7")
+    grown: list[stages.Grown] = []
+
+    async def main() -> None:
+        async for more in decoder.generate(stage, job):
+            grown.append(more)
+
+    with pytest.raises(RunError, match="broke off the request 7"):
+        asyncio.run(main())
+    assert [g.finish_reason for g in grown] == [None]
+
+
+def test_requests_are_counted_by_what_became_of_them() -> None:
+    api, statuses = serve.Api.func_or_class, []
+    counter = SimpleNamespace(inc=lambda tags: statuses.append(tags["status"]))
+    gauge = SimpleNamespace(set=lambda _: None, observe=lambda _: None)
+    one = SimpleNamespace(config=ServeConfig(model="m"), running=0, requests=counter, _grow=Half().grow)
+    one.in_flight = one.seconds = one.first_token = gauge
+    one._turn, one._check_model = (partial(f, one) for f in (api._turn, api._check_model))
+
+    async def main() -> str:
+        stream = api._stream(one, openai.parse_chat(body()), AnswerFormat("7", "m"), 0.0)
+        return "".join([text async for text in stream])
+
+    assert "half" in (said := asyncio.run(main()))
+    assert "gone" in said.split("\n\n")[-2]
+    for data in (b"{", body(model="other")):
+        headers = {"content-type": "application/json"}
+        with pytest.raises(ApiError):
+            asyncio.run(api._asked(one, SimpleNamespace(headers=headers, body=partial(asyncio.sleep, 0, data))))
+    assert statuses == ["503", "400", "404"]
 
 
 def test_an_open_server_needs_a_key() -> None:

@@ -19,6 +19,7 @@ from artemis_vlm.engines.base import (
     ImageEmbedding,
     Request,
     SamplingParams,
+    broken_off,
     complete,
 )
 from artemis_vlm.engines.encoder import EmbeddingCache, ImageEncoder, image_key
@@ -41,6 +42,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "TransformersEngine",
+    "broken_off",
     "complete",
     "engine_kind",
     "image_key",

@@ -245,8 +245,17 @@ async def deltas(
             cancel()
 
 
+def broken_off(request: Request) -> RunError:
+    """What the caller is told of a request that the engine cancelled and nobody else."""
+    return RunError(f"the engine broke off the request {request.id} before its answer was whole; ask again")
+
+
 async def complete(engine: DecoderEngine, request: Request) -> Completion:
-    """The whole answer to one request."""
+    """The whole answer to one request.
+
+    Raises:
+        ArtemisError: as `DecoderEngine.generate`; or the request was cancelled, so that its answer is not whole.
+    """
     tokens: list[int] = []
     texts: list[str] = []
     reason: FinishReason = "cancelled"
@@ -254,4 +263,6 @@ async def complete(engine: DecoderEngine, request: Request) -> Completion:
         tokens += delta.token_ids
         texts.append(delta.text)
         reason = delta.finish_reason or reason
+    if reason == "cancelled":
+        raise broken_off(request)
     return Completion(tuple(tokens), "".join(texts), reason)
