@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -44,7 +45,7 @@ from pipelines.local import free_ports, is_alone, join_or_start
 from pipelines.machine import check_device
 from pipelines.openai import AnswerFormat, ApiError, ChatRequest
 from pipelines.stages import API_CPUS, SECONDS, Decoder, Grown, Job, ServeConfig, Stage, TooLong, VisionEncoder
-from pipelines.storage import fetch_model
+from pipelines.storage import fetch_model, is_remote, local_path
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
@@ -397,7 +398,11 @@ def build_app(config: ServeConfig, doors: str = "") -> Any:
         ArtemisError: no such model or device; a server that runs stays as it is.
     """
     check_device(config.device, here=is_alone())
-    load_config(fetch_model(config.model).path)
+    model = fetch_model(config.model)
+    load_config(model.path)
+    # One commit and one folder for every replica, whenever it starts and wherever.
+    pinned = model.origin if is_remote(model.origin) else str(local_path(config.model))
+    config = replace(config, model=pinned, name=config.model_name)
     decoder = _sized(Decoder, config, config.decoder_stage).bind(config)
     stages = [decoder] if config.colocate else [decoder, _sized(VisionEncoder, config, config.encoder_stage).bind(config)]
     front_end: Any = Api

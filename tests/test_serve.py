@@ -37,6 +37,7 @@ from pipelines import openai, serve, stages
 from pipelines.local import free_ports
 from pipelines.openai import AnswerFormat, AnswerParser, ApiError, Piece, Usage
 from pipelines.stages import ServeConfig
+from pipelines.storage import ModelFolder
 
 NEW = 12
 
@@ -253,6 +254,19 @@ def test_bad_options_are_one_sentence(
     assert main(["--model", "x", *flags.split()]) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n"), err.startswith("error: ")) == ("", 1, True), err
+
+
+def test_every_replica_loads_the_same_model(a3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bound(**fields: Any) -> set[tuple[str, str]]:
+        api = serve.build_app(ServeConfig(**fields))._bound_deployment
+        stages_of = [app._bound_deployment for app in api.init_args[1:]]
+        return {(d.init_args[0].model, d.init_args[0].model_name) for d in (api, *stages_of)}
+
+    monkeypatch.chdir(a3.parent)
+    assert bound(model=a3.name) == {(str(a3), a3.name)}
+    assert bound(model=a3.name, name="tiny") == {(str(a3), "tiny")}
+    monkeypatch.setattr(serve, "fetch_model", lambda _: ModelFolder(a3, "hf://org/a3@abc"))
+    assert bound(model="org/a3") == {("hf://org/a3@abc", "a3")}
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
