@@ -12,6 +12,7 @@ The stages themselves are `pipelines.stages`; pixels, prompts and sampling are `
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import shutil
@@ -417,13 +418,29 @@ def build_app(config: ServeConfig, doors: str = "") -> Any:
 
 
 def build(arguments: dict[str, Any]) -> Any:
-    """For `serve run` and `serve deploy`: `build_app` from the keys of a YAML file."""
+    """For `serve run` and `serve deploy`: `build_app` from the keys of a YAML file.
+
+    Raises:
+        ArtemisError: as `build_app`; or a key is missing, unknown or has its place elsewhere in the file.
+    """
+    if elsewhere := sorted({"host", "port"} & arguments.keys()):
+        raise RunError(f"args has the key {elsewhere[0]}, which does nothing there; put it under the file's http_options")
+    if "model" not in arguments:
+        raise RunError("args has no key model; expected an A3 folder, an s3:// URI or a hub id")
     nested = {"engine": EngineConfig, "encoder_stage": Stage, "decoder_stage": Stage, "fetch": FetchConfig}
     fields: dict[str, Any] = dict(arguments)
     for key in nested.keys() & fields.keys():
-        fields[key] = nested[key](**fields[key])
+        fields[key] = _made(nested[key], fields[key], f"args.{key}")
     fields["key_hashes"] = tuple(fields.get("key_hashes", ()))
-    return build_app(ServeConfig(**fields))
+    return build_app(_made(ServeConfig, fields, "args"))
+
+
+def _made(kind: Callable[..., T], given: Mapping[str, Any], place: str) -> T:
+    """A dataclass of a YAML file's keys."""
+    known = inspect.signature(kind).parameters
+    if unknown := sorted(given.keys() - known.keys()):
+        raise RunError(f"{place} has the unknown key {unknown[0]}; expected some of {', '.join(known)}")
+    return kind(**given)
 
 
 def _sized(deployment: Any, config: ServeConfig, stage: Stage) -> Any:

@@ -59,7 +59,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """A server. Every field is a flag of `jobs/serve.py` and a key of `jobs/serve.yaml`."""
+    """A server. Every field is a flag of `jobs/serve.py` and, but for host and port, a key of `jobs/serve.yaml`."""
 
     model: str
     """A3 folder, s3:// URI or hub id."""

@@ -24,6 +24,7 @@ import openai as client_library
 import pytest
 import serving
 import torch
+import yaml
 from ray import serve as ray_serve
 from serving import KEY, ask, body, http, picture, replica_pids, turn, uri
 from transformers import PreTrainedTokenizerBase
@@ -254,6 +255,27 @@ def test_bad_options_are_one_sentence(
     assert main(["--model", "x", *flags.split()]) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n"), err.startswith("error: ")) == ("", 1, True), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"model": "x", "port": 9000}, "args has the key port, which does nothing there; put it under the file's http_op"),
+        ({"model": "x", "hots": "::"}, "args has the unknown key hots; expected some of model, name, "),
+        ({"model": "x", "engine": {"slot": 1}}, "args.engine has the unknown key slot; expected some of kind, slots, "),
+        ({"name": "x"}, "args has no key model; expected an A3 folder"),
+    ],
+)
+def test_keys_of_a_yaml_file_that_do_nothing_are_refused(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(RunError, match=says):
+        serve.build(arguments)
+
+
+def test_the_shipped_yaml_file_names_what_there_is(a3: Path) -> None:
+    described = yaml.safe_load((Path(__file__).parent.parent / "jobs" / "serve.yaml").read_text())
+    (application,) = described["applications"]
+    assert application["import_path"] == "pipelines.serve:build"
+    assert serve.build(application["args"] | {"model": str(a3)}) is not None
 
 
 def test_every_replica_loads_the_same_model(a3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
