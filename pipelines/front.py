@@ -88,8 +88,13 @@ class Front:
         self._stopping = False
         self._server: asyncio.Server | None = None
 
-    async def start(self, host: str, port: int) -> None:
-        self._server = await asyncio.start_server(self._serve, host, port, backlog=256)
+    async def bind(self, host: str, port: int) -> None:
+        """Takes the address, so that a wrong one is told early; nobody can connect before `start`."""
+        self._server = await asyncio.start_server(self._serve, host, port, backlog=256, start_serving=False)
+
+    async def start(self) -> None:
+        assert self._server is not None
+        await self._server.start_serving()
 
     async def stop(self) -> None:
         """Takes no more connections and closes those that wait between requests; the others end with their answer."""

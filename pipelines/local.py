@@ -1,4 +1,4 @@
-"""A Ray cluster of one's own on this machine, for demos and tests: started, waited for, and ended by its own pid.
+"""A Ray cluster: one that is there, or one's own on this machine, started, waited for, and ended by its own pid.
 
 `ray stop` would kill every Ray process on the host, and `ray.init()` would join a cluster that it finds; this does
 neither. Everything listens on loopback and asks for a token.
@@ -6,6 +6,7 @@ neither. Everything listens on loopback and asks for a token.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -17,7 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,15 @@ import ray
 
 from artemis_vlm.errors import RunError
 
+logger = logging.getLogger(__name__)
+
 ROOT: Final = Path(__file__).resolve().parent.parent
 #: Ray's niceness of 15 keeps a busy cluster's daemons responsive; on two cores it made a training step 2.5 times as long.
 SETTINGS: Final = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 START_TIMEOUT_S: Final = 90.0
 STOP_TIMEOUT_S: Final = 30.0
+#: Seconds to wait for nodes with room before saying that there are none.
+ROOM_TIMEOUT_S: Final = 30.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,41 @@ def join_or_start(num_cpus: int = 4) -> None:
     os.environ |= SETTINGS | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     cpus = max(num_cpus, os.cpu_count() or 1)
     ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+
+
+def check_room(replicas: Sequence[Mapping[str, float]], timeout_s: float) -> None:
+    """Returns when the cluster has nodes that can hold the replicas, if nothing else ran there.
+
+    Args:
+        replicas: what each asks of its node: amounts by Ray's names, such as CPU.
+        timeout_s: how long nodes may take to join.
+
+    Raises:
+        RunError: it has not. Ray itself would wait for ever.
+    """
+    deadline = time.monotonic() + timeout_s
+    told = False
+    while lack := _lack(replicas, [n["Resources"] for n in ray.nodes() if n["Alive"]]):
+        if time.monotonic() >= deadline:
+            raise RunError(f"{lack}; start more nodes, or ask for less")
+        if not told:
+            logger.warning("%s; waiting up to %g s for nodes", lack, timeout_s)
+        told = True
+        time.sleep(1)
+
+
+def _lack(replicas: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> str:
+    """What there is too little of; empty where there is enough."""
+    for replica in replicas:
+        if not any(all(node.get(kind, 0) >= amount for kind, amount in replica.items()) for node in nodes):
+            asked = ", ".join(f"{amount:g} {kind}" for kind, amount in replica.items() if amount)
+            return f"a replica asks for {asked}, and no node of this cluster has that"
+    for kind in sorted({kind for replica in replicas for kind in replica}):
+        asked_of_all = round(sum(replica.get(kind, 0) for replica in replicas), 4)  # what Ray counts in
+        there = sum(node.get(kind, 0) for node in nodes)
+        if asked_of_all > there:
+            return f"{len(replicas)} replicas ask for {asked_of_all:g} {kind}, and the nodes of this cluster have {there:g}"
+    return ""
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -31,6 +31,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.serve.context import _get_global_client  # nothing public tells where Serve listens
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.util import metrics
 
@@ -42,7 +43,7 @@ from pipelines.door import Door, Doors
 from pipelines.fetch import FetchConfig, Fetcher
 from pipelines.front import Front, FrontConfig, Refusal
 from pipelines.guard import Guard, Keys, error_response
-from pipelines.local import free_ports, is_alone, join_or_start
+from pipelines.local import ROOM_TIMEOUT_S, check_room, free_ports, is_alone, join_or_start
 from pipelines.machine import check_device
 from pipelines.openai import AnswerFormat, ApiError, ChatRequest
 from pipelines.stages import API_CPUS, SECONDS, Decoder, Grown, Job, ServeConfig, Stage, TooLong, VisionEncoder
@@ -472,43 +473,56 @@ class Server:
     """A running server: the Serve application on a loopback port, and the front that others reach, in a thread here."""
 
     def __init__(self, config: ServeConfig, build: Callable[[ServeConfig, str], Any] | None = None) -> None:
-        """Returns when it answers.
+        """Returns when it answers; what fails leaves nothing behind.
 
         Args:
             build: in place of `build_app`.
 
         Raises:
-            RunError: the application did not come up, or the address is taken; the text has the reason.
+            RunError: the application did not come up, it runs on this cluster already, the cluster has no room for it, or
+                the address is taken; the text has the reason.
         """
         self.config = config
-        self._doors = Path(tempfile.mkdtemp(prefix="a3-"))  # short, and its user's alone
-        try:
-            self._start((build or build_app)(config, str(self._doors)))  # a wrong name is told before anything starts
-        except BaseException:
-            shutil.rmtree(self._doors)
-            raise
-
-    def _start(self, application: Any) -> None:
-        config = self.config
         self.url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
-        join_or_start(config.logical_cpus)
-        inner = free_ports(1)[0]
-        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": inner})
-        try:
-            serve.run(application, name=APP, route_prefix="/")
-        except RuntimeError as error:
-            raise RunError(f"the server did not start: {error}") from error
+        with ExitStack() as begun:
+            doors = Path(tempfile.mkdtemp(prefix="a3-"))  # short, and its user's alone
+            begun.callback(shutil.rmtree, doors)
+            application = (build or build_app)(config, str(doors))  # a wrong name is told before anything starts
+            alone = is_alone()
+            join_or_start(config.logical_cpus)
+            _check_absent()
+            running = _running_proxy()
+            host, port = running or ("127.0.0.1", free_ports(1)[0])
+            self._open((host, port), doors, begun)
+            check_room(config.least, 0 if alone else ROOM_TIMEOUT_S)
+            begun.callback(_leave_serve, running is None)
+            if running is None:
+                serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+            _deploy(application)
+            with self._binding():
+                self._do(self.front.start())
+            self._begun = begun.pop_all()
+
+    def _open(self, proxy: tuple[str, int], doors: Path, begun: ExitStack) -> None:
+        """Takes the address, for nobody yet."""
+        config = self.config
         limits = FrontConfig(body_timeout_s=config.body_timeout_s, max_body_bytes=config.max_body_bytes)
-        refuse, doors = lambda *a: _refusal(ApiError(*a)), Doors(self._doors)
-        self.front = Front(("127.0.0.1", inner), limits, self._check, refuse, doors)
+        self.front = Front(proxy, limits, self._check, lambda *a: _refusal(ApiError(*a)), Doors(doors))
         self.keys = Keys(config.key_hashes)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="front", daemon=True)
         self._thread.start()
+        begun.callback(self._end_loop)
+        with self._binding():
+            self._do(self.front.bind(config.host, config.port))
+        begun.callback(lambda: self._do(self.front.stop()))
+
+    @contextmanager
+    def _binding(self) -> Iterator[None]:
         try:
-            self._do(self.front.start(config.host, config.port))
+            yield
         except OSError as error:
-            raise RunError(f"{config.host}:{config.port} cannot be bound: {error.strerror}") from error
+            raise RunError(f"{self.config.host}:{self.config.port} cannot be bound: {error.strerror}") from error
 
     def _check(self, path: str, headers: Mapping[bytes, bytes]) -> Refusal | None:
         try:
@@ -521,16 +535,49 @@ class Server:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def stop(self) -> None:
-        """Takes no more connections, lets those that are open end within the deadline, and ends Serve."""
+        """Takes no more connections, lets those that are open end within the deadline, and ends the application."""
         self._do(self.front.stop())
         deadline = time.monotonic() + self.config.deadline_s
         while self.front.connections and time.monotonic() < deadline:
             time.sleep(0.1)
-        serve.shutdown()
-        shutil.rmtree(self._doors)
+        self._begun.close()
+
+    def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _check_absent() -> None:
+    if found := serve.status().applications.get(APP):
+        raise RunError(
+            f"an application {APP} is on this cluster already ({found.status.value}); stop the job that runs it, or remove "
+            f"it: python -c \"from ray import serve; serve.delete('{APP}')\""
+        )
+
+
+def _running_proxy() -> tuple[str, int] | None:
+    """Where the Ray Serve that this cluster runs listens; None where it runs none."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    host = client.http_config.host
+    return "127.0.0.1" if host in (None, "0.0.0.0") else host, client.http_config.port
+
+
+def _deploy(application: Any) -> None:
+    try:
+        serve.run(application, name=APP, route_prefix="/")
+    except (RuntimeError, RayError, RayServeException) as error:
+        raise RunError(f"the server did not start: {_cause(error)}") from error
+
+
+def _leave_serve(began_here: bool) -> None:
+    """Removes the application, and Serve with it if nobody else uses it."""
+    if began_here and not serve.status().applications.keys() - {APP}:
+        serve.shutdown()
+    else:
+        serve.delete(APP)
 
 
 def _refusal(error: ApiError) -> Refusal:

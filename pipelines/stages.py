@@ -114,10 +114,20 @@ class ServeConfig:
         return compute_dtype(self.device) if self.dtype == "auto" else getattr(torch, self.dtype)
 
     @property
+    def stages(self) -> list[Stage]:
+        return [self.decoder_stage] + ([] if self.colocate else [self.encoder_stage])
+
+    @property
     def logical_cpus(self) -> int:
         """What all replicas ask for, and as much again for a rolling update."""
-        stages = [self.decoder_stage] + ([] if self.colocate else [self.encoder_stage])
-        return 2 * math.ceil(API_CPUS * self.api_replicas + sum(s.max_replicas * s.num_cpus for s in stages))
+        return 2 * math.ceil(API_CPUS * self.api_replicas + sum(s.max_replicas * s.num_cpus for s in self.stages))
+
+    @property
+    def least(self) -> list[dict[str, float]]:
+        """What each replica asks of its node, by Ray's names, with as few replicas as there may be."""
+        replicas = [s for s in self.stages for _ in range(s.min_replicas)]
+        asked = [{"CPU": s.num_cpus, "GPU": s.num_gpus, **s.resources} for s in replicas]
+        return asked + [{"CPU": API_CPUS}] * self.api_replicas
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import ray
 from PIL import Image
+from ray import serve
 
 KEY = "a key for tests"
 
@@ -30,6 +31,17 @@ def cluster(num_cpus: int) -> Iterator[None]:
         ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0.1})
+class Says:
+    """An application without a model."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    async def __call__(self, _: Any) -> str:
+        return self.text
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (96, 80)) -> bytes:

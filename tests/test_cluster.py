@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ray.train import RunConfig
 from ray.train.torch import TorchTrainer
 
 from artemis_vlm import RunError
-from pipelines import placement
+from pipelines import local, placement
 from pipelines.recipe import A3
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,24 @@ def test_cluster_yaml_is_valid() -> None:
     start = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
     assert start.count("RAY_AUTH_MODE=token") == 2, "token authentication is on for the head and for the workers"
     assert "--dashboard-host=127.0.0.1" in start
+
+
+@pytest.mark.parametrize(
+    ("replicas", "says"),
+    [
+        ([{"CPU": 2, "GPU": 0}, {"CPU": 0.1}, {"CPU": 0.1, "GPU": 1, "gb10": 1}], ""),
+        ([{"CPU": 2, "GPU": 1}], "a replica asks for 2 CPU, 1 GPU, and no node of this cluster has that"),
+        ([{"GPU": 0.5}] * 3, "3 replicas ask for 1.5 GPU, and the nodes of this cluster have 1"),
+        ([{"CPU": 0.1}] * 30, ""),
+        ([{"CPU": 1, "tpu": 1}], "a replica asks for 1 CPU, 1 tpu, and no node of this cluster has that"),
+    ],
+)
+def test_room_for_replicas(replicas: list[dict[str, float]], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"CPU": 2.0}, {"CPU": 1.0, "GPU": 1.0, "gb10": 1.0}, {"CPU": 64.0, "GPU": 8.0}]
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": i < 2, "Resources": node} for i, node in enumerate(nodes)])
+    refused = pytest.raises(RunError, match=f"{says}; start more nodes, or ask for less")
+    with refused if says else nullcontext():
+        local.check_room(replicas, 0)
 
 
 @pytest.fixture

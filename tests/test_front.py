@@ -68,8 +68,11 @@ def run(test: Callable[[int, Behind, Front], Awaitable[None]], behind: dict | No
             return None if headers.get(b"key") == b"good" else refuse(401, path)
 
         front = Front(address, LIMITS, check, refuse)
-        await front.start("127.0.0.1", 0)
+        await front.bind("127.0.0.1", 0)
         port = front._server.sockets[0].getsockname()[1]
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port)
+        await front.start()
         async with asyncio.timeout(10):
             await test(port, server, front)
         await front.stop()

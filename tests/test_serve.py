@@ -300,6 +300,47 @@ def cluster() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def theirs(cluster: None) -> Iterator[str]:
+    """The address of somebody else's application on the same cluster."""
+    port = free_ports(1)[0]
+    ray_serve.start(proxy_location="HeadOnly", http_options={"host": "0.0.0.0", "port": port})
+    ray_serve.run(serving.Says.bind("theirs"), name="theirs", route_prefix="/theirs")
+    yield f"http://127.0.0.1:{port}/theirs"
+    ray_serve.shutdown()
+
+
+def test_a_server_among_others_applications(theirs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes, refuses a second of its name and goes, and what fails leaves nothing; theirs stays."""
+    config = ServeConfig(model="x", port=free_ports(1)[0])
+    monkeypatch.setattr(serve, "ROOM_TIMEOUT_S", 0.0)
+
+    def start(build: Any = lambda *_: serving.Says.bind("ours"), **changes: Any) -> serve.Server:
+        return serve.Server(dataclasses.replace(config, **changes), build)
+
+    for changes, says in (
+        ({"port": int(theirs.split(":")[2].split("/")[0])}, "cannot be bound"),
+        ({"decoder_stage": stages.Stage(num_gpus=1)}, "a replica asks for 1 CPU, 1 GPU, and no node of this cluster has"),
+    ):
+        with pytest.raises(RunError, match=says):
+            start(**changes)
+        assert ray_serve.status().applications.keys() == {"theirs"}
+    server = start()
+    assert http(f"{server.url}/")[2] == b"ours"
+    with pytest.raises(RunError, match=r"an application a3 is on this cluster already \(RUNNING\); stop the job"):
+        start(port=free_ports(1)[0])
+    monkeypatch.setattr(serve, "APP", "second")
+    with pytest.raises(RunError, match=r"the server did not start: .*Prefix / is being used"):
+        start(port=free_ports(1)[0])
+    assert http(f"{server.url}/")[2] == b"ours"
+    monkeypatch.undo()
+    server.stop()
+    assert ray_serve.status().applications.keys() == {"theirs"}
+    assert http(theirs)[2] == b"theirs"
+    with pytest.raises(OSError, match="refused"):
+        http(f"{server.url}/")
+
+
 @pytest.fixture(scope="module")
 def config(a3: Path) -> ServeConfig:
     return ServeConfig(
