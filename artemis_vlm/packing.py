@@ -83,7 +83,7 @@ class PackedBatch:
 
 
 def pack(examples: Sequence[Example], *, image_token_id: int, merge_size: int, pad_to: int = 1) -> PackedBatch:
-    """Lays examples end to end, without their last tokens; the row is padded at its very end to a multiple of `pad_to`.
+    """Lays examples end to end, without their last tokens; the row's length is padded up to a multiple of `pad_to` tokens at the very end.
 
     Raises:
         SampleError: an example whose placeholders and image features differ in number, or with nothing to predict.
