@@ -476,7 +476,7 @@ class PackedModel:
     def loss(self, batch: PackedBatch) -> torch.Tensor:
         """Summed cross entropy of the supervised tokens, float32 scalar; the gradient reaches the projector only."""
         if batch.max_length > self.max_length:
-            raise RunError(f"a sample has {batch.max_length} tokens to read; this model was prepared for {self.max_length}")
+            raise RunError(f"a sample has {batch.max_length} tokens; this model was prepared for {self.max_length}")
         decoder = self.model.language_model
         with torch.no_grad():
             embeds = decoder.get_input_embeddings()(batch.input_ids)

@@ -2,8 +2,6 @@
 
 Knows nothing of images or tokenizers; only of token ids, patches and where each goes.
 
-A sample's last token is predicted and never read: nothing comes after it. So it is a target and not in the row.
-
 Shapes: B samples, T tokens, P patches, I images, V image tokens, S supervised tokens, R tail tokens.
 """
 
@@ -29,7 +27,7 @@ class PackedBatch:
 
     input_ids, position_ids: int64 (T,); positions restart at 0 with each sample
     cu_seqlens: int32 (B + 1,); sample b is tokens cu_seqlens[b]:cu_seqlens[b + 1]
-    max_length: of the longest sample in this row, padding included
+    max_length: tokens of the longest sample, padding included
     image_index: int64 (V,), the tokens that image features replace, in order
     loss_index, targets: int64 (S,); the hidden state at loss_index[s] predicts targets[s]
     tail_index: int64 (R,), each sample's tokens from its first supervised state to its end, the padding included
@@ -83,7 +81,7 @@ class PackedBatch:
 
 
 def pack(examples: Sequence[Example], *, image_token_id: int, merge_size: int, pad_to: int = 1) -> PackedBatch:
-    """Lays examples end to end, without their last tokens; the row's length is padded up to a multiple of `pad_to` tokens at the very end.
+    """Lays examples end to end; the row's length is padded up to a multiple of `pad_to` tokens at the very end.
 
     Raises:
         SampleError: an example whose placeholders and image features differ in number, or with nothing to predict.
@@ -94,7 +92,7 @@ def pack(examples: Sequence[Example], *, image_token_id: int, merge_size: int, p
             raise SampleError(f"{example.uid}: {placeholders} image placeholder tokens for {features} image features")
         if not 0 < example.n_prompt < example.n_tokens:
             raise SampleError(f"{example.uid}: {example.n_prompt} prompt tokens of {example.n_tokens}; nothing to predict")
-    lengths = [e.n_tokens - 1 for e in examples]
+    lengths = [e.n_tokens for e in examples]
     total = sum(lengths)
     n_padding = -total % pad_to
     lengths_padded = [*lengths[:-1], lengths[-1] + n_padding]
@@ -102,10 +100,9 @@ def pack(examples: Sequence[Example], *, image_token_id: int, merge_size: int, p
     starts = ends - lengths_padded
 
     input_ids = np.full(total + n_padding, PAD_TOKEN, np.int64)
-    input_ids[:total] = np.concatenate([e.input_ids[:-1] for e in examples])
+    input_ids[:total] = np.concatenate([e.input_ids for e in examples])
     # The state before a token predicts it.
     loss_index = np.concatenate([np.arange(s + e.n_prompt - 1, s + e.n_tokens - 1) for s, e in zip(starts, examples)])
-    targets = np.concatenate([e.input_ids[e.n_prompt :] for e in examples]).astype(np.int64)
     tails = [n - e.n_prompt + 1 for n, e in zip(lengths_padded, examples)]
     tail_index = np.concatenate([np.arange(end - n, end) for n, end in zip(tails, ends)])
     images = [e for e in examples if e.grid[0]]
@@ -119,7 +116,7 @@ def pack(examples: Sequence[Example], *, image_token_id: int, merge_size: int, p
         max_length=max(lengths_padded),
         image_index=torch.from_numpy(np.flatnonzero(input_ids == image_token_id)),
         loss_index=torch.from_numpy(loss_index),
-        targets=torch.from_numpy(targets),
+        targets=torch.from_numpy(input_ids[loss_index + 1]),
         tail_index=torch.from_numpy(tail_index),
         cu_tails=_boundaries(tails),
         loss_row=torch.from_numpy(np.searchsorted(tail_index, loss_index)),
@@ -137,5 +134,5 @@ def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
 
 
 def image_token_counts(example: Example, image_token_id: int, merge_size: int) -> tuple[int, int]:
-    """Placeholders in the text that is read, and features that the image will give."""
-    return int((example.input_ids[:-1] == image_token_id).sum()), example.grid[0] * example.grid[1] // merge_size**2
+    """Placeholders in the text, and features that the image will give."""
+    return int((example.input_ids == image_token_id).sum()), example.grid[0] * example.grid[1] // merge_size**2

@@ -43,7 +43,7 @@ def all_packed(model: ArtemisVLMForConditionalGeneration, pad_to: int) -> tuple[
     use_packed_attention(model.visual, model.language_model)
     batch = pack(examples(), image_token_id=IMAGE_ID, merge_size=2, pad_to=pad_to)
     assert batch.input_ids.shape[0] % pad_to == 0
-    assert batch.n_tokens == sum(e.n_tokens - 1 for e in examples())
+    assert batch.n_tokens == sum(e.n_tokens for e in examples())
     packed = packed_loss(model, batch, SPEC)
     packed.backward()
     assert all(p.grad is None for n, p in model.named_parameters() if "projector" not in n)
