@@ -285,10 +285,18 @@ def _text_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def source_spec(sources: Sources, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageSpec:
-    """The preprocessing a new graft takes: the tower's own file; Qwen3-VL's 0.5/0.5 where the tower has none."""
+def source_spec(
+    sources: Sources, min_pixels: int | None = None, max_pixels: int | None = None, trained: Path | None = None
+) -> ImageSpec:
+    """The preprocessing of a graft: the tower's own file's; Qwen3-VL's 0.5/0.5 where the tower has none.
+
+    Args:
+        trained: folder of a trained projector, which takes that which it was trained on.
+    """
     vision = tower_config(sources.tower)
-    if (sources.tower / PREPROCESSOR_FILE).exists():
+    if trained is not None:
+        spec = ImageSpec.load(trained)
+    elif (sources.tower / PREPROCESSOR_FILE).exists():
         spec = ImageSpec.load(sources.tower)
     else:
         spec = ImageSpec(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)

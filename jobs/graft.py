@@ -16,8 +16,6 @@ import tyro
 
 from artemis_vlm import graft
 from artemis_vlm.errors import RunError, exit_code
-from artemis_vlm.image import ImageSpec
-from artemis_vlm.processing import check_spec
 from pipelines.storage import RunFolder, fetch_model
 
 
@@ -42,11 +40,9 @@ def build(
         max_pixels: area of the largest.
     """
     sources = _sources(vision, text)
-    if projector is None:
-        weights, spec = graft.new_projector(sources), graft.source_spec(sources, min_pixels, max_pixels)
-    else:
-        trained = fetch_model(projector, (graft.PROJECTOR_FILE, "config.json")).path
-        weights, spec = graft.read_projector(trained), _trained_spec(trained, sources, min_pixels, max_pixels)
+    trained = fetch_model(projector, (graft.PROJECTOR_FILE, "config.json")).path if projector else None
+    spec = graft.source_spec(sources, min_pixels, max_pixels, trained)
+    weights = graft.read_projector(trained) if trained else graft.new_projector(sources)
     target = RunFolder(output)
     if target.pull("config.json"):
         raise RunError(f"{output} already holds a model; give another output or remove it")
@@ -71,16 +67,6 @@ def verify(folder: tyro.conf.Positional[str], against: tuple[str, str] | None = 
     print(
         f"{folder}: every frozen tensor is byte for byte what the manifest{' and the sources say' if against else ' says'}"
     )
-
-
-def _trained_spec(trained: Path, sources: graft.Sources, min_pixels: int | None, max_pixels: int | None) -> ImageSpec:
-    """The preprocessing that a projector was trained on, which the tower must take."""
-    spec = ImageSpec.load(trained)
-    check_spec(spec, graft.tower_config(sources.tower))
-    try:
-        return spec.with_limits(min_pixels, max_pixels)
-    except ValueError as error:
-        raise RunError(str(error)) from error
 
 
 def _sources(vision: str, text: str) -> graft.Sources:
