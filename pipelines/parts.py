@@ -22,12 +22,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Final
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from artemis_vlm.errors import RunError
-from pipelines.storage import each, is_remote, local_path, retried, write_whole, writing
+from pipelines.storage import each, filesystem, is_remote, local_path, retried, write_whole, writing
 
 #: Hidden, so that readers of the folder as a data set pass over them.
 RUN_FILE: Final = ".run.json"
@@ -117,9 +116,7 @@ class Store:
     def __init__(self, uri: str) -> None:
         self.uri, self.remote = uri.rstrip("/"), is_remote(uri)
         # others write here too: a listing of before would hide their files, also from `read`
-        self._files, self._root = fsspec.core.url_to_fs(
-            self.uri if self.remote else str(local_path(uri)), use_listings_cache=False
-        )
+        self._files, self._root = filesystem(self.uri if self.remote else str(local_path(uri)), use_listings_cache=False)
 
     def names(self) -> set[str]:
         """Of all files."""

@@ -153,14 +153,14 @@ def _fetch_from_hub(uri: str) -> ModelFolder:
     return ModelFolder(Path(path), f"hf://{name}@{commit}")
 
 
-def filesystem(uri: str) -> tuple[Any, str]:
-    """fsspec's file system of a remote place, and the place in it.
+def filesystem(uri: str, **options: Any) -> tuple[Any, str]:
+    """fsspec's file system of a place, and the place in it; options are fsspec's.
 
     Raises:
         RunError: there is none of that name here.
     """
     try:
-        found: tuple[Any, str] = fsspec.core.url_to_fs(uri)
+        found: tuple[Any, str] = fsspec.core.url_to_fs(uri, **options)
     except (ValueError, ImportError) as error:
         raise RunError(f"{uri} cannot be reached: {error}; expected a folder, an s3:// URI or a hub id") from error
     return found

@@ -182,6 +182,11 @@ def test_the_slots_are_long_enough_for_narrow_images(base: CaptionConfig, tokeni
         assert engine_config(base, spec, frame).max_length >= len(frame.prompt(tokens)) + base.max_tokens
 
 
+def test_an_output_of_an_unknown_kind_is_told_in_a_sentence() -> None:
+    with pytest.raises(RunError, match=r"foo://runs/a cannot be reached: .*; expected a folder, an s3:// URI"):
+        Output("foo://runs/a", Layout([], "parquet", 1))
+
+
 @pytest.mark.parametrize(
     ("folder", "output"),
     [("in", "in"), ("in/", "in/out"), ("in", "beside/../in/out"), ("in", "file://{}/in/out"), ("in", "link/out"),
